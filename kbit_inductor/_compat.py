@@ -1,0 +1,99 @@
+"""Every use of torch beyond its public API. A test imports each name, so a torch that lacks one is found at once."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import InputType
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "StorageWeakRef",
+    "copy_graph",
+    "inductor",
+    "no_modes",
+    "source_name",
+    "storage_id",
+    "trace",
+]
+
+_MEMBER = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The address of a tensor's storage object: equal for views of one storage, also for fake tensors."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def no_modes() -> contextlib.AbstractContextManager[Any]:
+    """Leave every dispatch mode, so that real tensors can be worked on while a graph is being compiled."""
+    return _disable_current_modes()  # type: ignore[no-any-return]
+
+
+def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> Callable[..., Any]:
+    """Compile ``graph`` as ``torch.compile(mode=mode)`` would. ``inputs`` may be fake tensors of the graph's own fake mode."""
+    compiled: Callable[..., Any] = compile_fx(graph, list(inputs), config_patches=dict(list_mode_options(mode)) or None)
+    return compiled
+
+
+def source_name(placeholder: fx.Node) -> str | None:
+    """Where Dynamo took a graph input from, as an expression such as ``L['self']._modules['fc']._parameters['weight']``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def member_path(source: str) -> list[str]:
+    """The module path in a source expression: ``["fc", "weight"]``; empty when it is no member of a module."""
+    return _MEMBER.findall(source)
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of Dynamo's graph that may be edited, with what AOTAutograd reads of the original, and the node map."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    return copied, mapping
+
+
+def mark_static_input(placeholder: fx.Node) -> None:
+    """Tell AOTAutograd that this input keeps its address from call to call, so that CUDA graphs need not copy it."""
+    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """``function`` on fake ``inputs`` as an ATen graph, with composite operators taken apart."""
+    modes: Iterator[FakeTensorMode] = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    with next(modes), torch.no_grad():
+        return make_fx(function)(*inputs)
+
+
+def is_compiled_function(function: object) -> bool:
+    """Whether ``function`` was returned by ``torch.compile``."""
+    return hasattr(function, "_torchdynamo_orig_callable")

@@ -1,0 +1,118 @@
+"""``torch.compile(model, backend="kbit")``: from Dynamo's graph to a callable that runs on packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from kbit_inductor import logs
+from kbit_inductor._compat import copy_graph, inductor
+from kbit_inductor.capture import Context, GraphWeight, begin, find_weights
+from kbit_inductor.config import Config
+from kbit_inductor.errors import KbitError
+from kbit_inductor.overrides import check_overrides
+from kbit_inductor.passes import pipeline
+from kbit_inductor.passes.lower import Lowered
+from kbit_inductor.store import STORE, Slot
+
+log = logs.logger("capture")
+Compiled = Callable[..., Any]
+
+
+def kbit(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | Config | None = None,
+) -> Compiled:
+    """The backend that Dynamo calls. ``options`` are the fields of :class:`kbit_inductor.Config`.
+
+    A mistake in the options is raised by the returned callable, since Dynamo would wrap an error raised here in one of its own.
+    """
+    logs.configure()
+    try:
+        return compile_graph(gm, example_inputs, Config.from_options(options, mode))
+    except KbitError as error:
+        return _raiser(error)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
+    """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
+    captured = capture(gm, example_inputs, config)
+    if captured is None:
+        return inductor(gm, example_inputs, config.mode)
+    rewritten, context, lowered = captured
+    kept = _kept_arguments(context, len(example_inputs))
+    _log_matches(context, lowered)
+    inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *lowered.values], config.mode)
+    return _bound(inner, kept, tuple(lowered.slots))
+
+
+def capture(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
+) -> tuple[fx.GraphModule, Context, Lowered] | None:
+    """A copy of ``gm`` that takes packed weights, with what was found; None when nothing matches."""
+    copied, _ = copy_graph(gm)
+    weights = find_weights(copied.graph, example_inputs, config)
+    check_overrides(config, weights, example_inputs)
+    context = begin(copied.graph, weights, config)
+    if not weights:
+        return None
+    lowered = pipeline.run(context)
+    copied.graph.lint()
+    copied.recompile()
+    return copied, context, lowered
+
+
+def _kept_arguments(context: Context, count: int) -> tuple[int, ...]:
+    """The positions of the original inputs that the rewritten graph still takes."""
+    alive = set(context.graph.find_nodes(op="placeholder"))
+    dropped = {weight.argument for weight in context.weights if weight.node not in alive}
+    return tuple(i for i in range(count) if i not in dropped)
+
+
+def _bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
+    """``inner`` called with the weights that the arguments of this very call have, packed."""
+
+    def call(*arguments: Any) -> Any:
+        return inner(*[arguments[i] for i in kept], *STORE.operands(arguments, slots))
+
+    return call
+
+
+def _raiser(error: KbitError) -> Compiled:
+    def call(*arguments: Any) -> Any:
+        raise error
+
+    return call
+
+
+def _log_matches(context: Context, lowered: Lowered) -> None:
+    log.info("matched %d products and look-ups on %d packed weights", len(context.uses), len(lowered.slots))
+    for use, choice in lowered.choices:
+        log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
+    for name, reasons in context.reasons.items():
+        log.info("%s stays in float: %s", name, "; ".join(reasons))
+    _log_fallbacks(lowered)
+    _log_frozen([use.weight for use in context.uses])
+
+
+def _log_fallbacks(lowered: Lowered) -> None:
+    for use, choice in lowered.choices:
+        if choice.kernel.name == "reference":
+            why = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
+            log.warning("%s and perhaps others run on the slow reference kernel. %s", use.weight.name, why)
+            return
+
+
+def _log_frozen(weights: list[GraphWeight]) -> None:
+    frozen = sorted({weight.name for weight in weights if weight.node.meta["example_value"].requires_grad})
+    if frozen and torch.is_grad_enabled():
+        log.warning(
+            "packed weights are frozen: %s require grad and get none (%d layers); call requires_grad_(False) on them, or skip them",
+            frozen[0] + (" and others" if len(frozen) > 1 else ""), len(frozen),
+        )  # fmt: skip

@@ -1,0 +1,154 @@
+"""What a pass knows of the graph that it rewrites: its weights, which nodes are views of them, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kbit_inductor._compat import FakeTensorMode, member_path, source_name, storage_id
+from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.packing import WEIGHT_DTYPES
+from kbit_inductor.views import Strides, WeightView, expanded_batch
+
+VALUE = "example_value"  # the metadata key under which Dynamo keeps a node's fake value
+
+
+@dataclass(frozen=True)
+class GraphWeight:
+    """A parameter or buffer of at least two dimensions that the graph takes as input.
+
+    Attributes:
+        node: its placeholder.
+        argument: its position among the graph's inputs.
+        name: of the layer that owns it, with the parameter's own name where that is not ``weight``.
+        config: how it is to be stored; None when it stays in float.
+        reason: why it stays in float, or "".
+    """
+
+    node: fx.Node
+    argument: int
+    name: str
+    config: LayerConfig | None
+    reason: str = ""
+
+    @property
+    def value(self) -> Tensor:
+        """Its fake tensor."""
+        fake: Tensor = self.node.meta[VALUE]
+        return fake
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A storage of the graph whose contents are a weight's: the weight's own, or that of a cast or clone of it."""
+
+    weight: GraphWeight
+    view: WeightView
+    layout: Strides
+    value: Tensor
+
+
+@dataclass
+class Use:
+    """One matched product or look-up."""
+
+    family: str
+    weight: GraphWeight
+    view: WeightView
+    rows: int
+    columns: int
+    node: fx.Node
+
+
+@dataclass
+class Context:
+    """The state that passes share while one graph is rewritten."""
+
+    graph: fx.Graph
+    config: Config
+    weights: list[GraphWeight]
+    memories: dict[int, Memory] = field(default_factory=dict)
+    uses: list[Use] = field(default_factory=list)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def explain(self, weight: GraphWeight, reason: str) -> None:
+        """Note why a use of ``weight`` was not matched."""
+        told = self.reasons.setdefault(weight.name, [])
+        if reason not in told:
+            told.append(reason)
+
+    def locate(self, node: Any) -> tuple[GraphWeight, WeightView, Strides, Strides] | None:
+        """``(weight, view, memory, window)`` of a node that is a weight or a view of one, else None.
+
+        Views are recognised by what they share, not by how they are spelled: a fake tensor on the weight's storage is a view.
+        """
+        return self.locate_value(node.meta.get(VALUE)) if isinstance(node, fx.Node) else None
+
+    def locate_value(self, value: Any) -> tuple[GraphWeight, WeightView, Strides, Strides] | None:
+        """As :meth:`locate`, of a fake value."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            return None
+        memory = self.memories.get(storage_id(value))
+        if memory is None or memory.value._version > 0 or not _is_static(value):
+            return None
+        return memory.weight, memory.view, memory.layout, Strides.of(value)
+
+    def fake_mode(self) -> FakeTensorMode:
+        """The fake mode that the graph's values belong to."""
+        mode: FakeTensorMode = self.weights[0].value.fake_mode  # type: ignore[attr-defined]
+        return mode
+
+
+def find_weights(graph: fx.Graph, inputs: Sequence[Any], config: Config) -> list[GraphWeight]:
+    """The weights among the inputs of Dynamo's graph: parameters, and buffers of modules, of two or more dimensions."""
+    found = []
+    for argument, (node, real) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        value = node.meta.get(VALUE)
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        source = source_name(node) or node.name
+        path = member_path(source)
+        if not path and not isinstance(real, nn.Parameter):
+            continue
+        name = ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source
+        layer = config.for_layer(name)
+        reason = _ineligible(value, config) or ("" if layer is not None else "skipped by the option 'skip'")
+        found.append(GraphWeight(node, argument, name, None if reason else layer, reason))
+    return found
+
+
+def begin(graph: fx.Graph, weights: list[GraphWeight], config: Config) -> Context:
+    """A context in which every eligible weight's own memory is known."""
+    context = Context(graph, config, weights)
+    for weight in weights:
+        if weight.config is None:
+            context.explain(weight, weight.reason)
+        else:
+            value = weight.value
+            context.memories[storage_id(value)] = Memory(weight, WeightView(), Strides.of(value), value)
+    return context
+
+
+def _ineligible(value: Tensor, config: Config) -> str:
+    if value.layout != torch.strided:
+        return f"its layout is {value.layout}"
+    if type(value).__name__ not in ("FakeTensor", "Parameter"):
+        return f"it is a tensor subclass, {type(value).__name__}"
+    if value.dtype not in WEIGHT_DTYPES:
+        return f"its dtype is {value.dtype}"
+    if not _is_static(value):
+        return "its shape is dynamic"
+    if value.numel() < config.min_elements:
+        return f"it is too small: {value.numel()} elements, fewer than min_elements={config.min_elements}"
+    if value._version > 0:
+        return "the forward pass writes to it"
+    return ""
+
+
+def _is_static(value: Tensor) -> bool:
+    extents = [extent for extent, batch in zip(value.shape, expanded_batch(value), strict=True) if not batch]
+    return all(isinstance(n, int) for n in (*extents, *value.stride(), value.storage_offset()))

@@ -1,0 +1,152 @@
+"""The options of the backend: what ``options=`` of ``torch.compile`` takes and :class:`Config` holds are the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
+from kbit_inductor.kernels.layout import MAX_BITS
+from kbit_inductor.quantizers import QUANTIZERS
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How one weight is stored.
+
+    Args:
+        bits: bits per code, 1 to 8.
+        group_size: columns that share a scale, at least 1, or -1 for a whole row. It need not divide the row.
+        symmetric: store a scale per group only, and no offset.
+        quantizer: name of the method that chooses codes, one of ``kbit_inductor.quantizers.QUANTIZERS``.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    quantizer: str = "clip"
+
+    def __post_init__(self) -> None:
+        _integer("bits", self.bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")
+        _integer("group_size", self.group_size, lambda v: v == -1 or v >= 1, "a positive integer, or -1 for a whole row")
+        if not isinstance(self.symmetric, bool):
+            raise InvalidOptionError(f"option 'symmetric' is {self.symmetric!r}; give True or False")
+        if self.quantizer not in QUANTIZERS:
+            raise InvalidOptionError(f"option 'quantizer' is {self.quantizer!r}; give one of {', '.join(sorted(QUANTIZERS))}")
+
+    def group_columns(self, columns: int) -> int:
+        """The group size in columns for a row of ``columns``: never more than the row, at least 1."""
+        whole = max(columns, 1)
+        return whole if self.group_size == -1 else min(self.group_size, whole)
+
+
+@dataclass(frozen=True)
+class Config(LayerConfig):
+    """Every option of the backend.
+
+    Args:
+        skip: layer names, or ``"re:…"`` patterns, that stay in float.
+        overrides: layer name, or ``"re:…"`` pattern (matched against the whole name), to a mapping with any of ``bits``,
+            ``group_size``, ``symmetric`` and ``quantizer``. The last entry that matches wins.
+        min_elements: weights with fewer elements stay in float.
+        release_weights: free the float weights once they are packed.
+        mode: as in ``torch.compile``; it reaches Inductor.
+
+    Raises:
+        UnknownOptionError: (from :meth:`from_options`) a name that is no option.
+        InvalidOptionError: a value that its option does not take.
+    """
+
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    min_elements: int = 1024
+    release_weights: bool = False
+    mode: str = "default"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _integer("min_elements", self.min_elements, lambda v: v >= 0, "an integer, zero or more")
+        if not isinstance(self.release_weights, bool):
+            raise InvalidOptionError(f"option 'release_weights' is {self.release_weights!r}; give True or False")
+        if self.mode not in MODES:
+            raise InvalidOptionError(f"option 'mode' is {self.mode!r}; give one of {', '.join(MODES)}")
+        if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
+            raise InvalidOptionError(f"option 'skip' is {self.skip!r}; give a list of layer names or 're:…' patterns")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(self.overrides, Mapping):
+            raise InvalidOptionError(f"option 'overrides' is {self.overrides!r}; give a mapping from layer names to options")
+        for pattern, options in self.overrides.items():
+            _check_override(pattern, options)
+        for pattern in (*self.skip, *self.overrides):
+            _check_pattern(pattern)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | Config | None, mode: str | None = None) -> Config:
+        """The config that ``torch.compile(…, mode=mode, options=options)`` asks for."""
+        if isinstance(options, Config):
+            return options if mode is None else dataclasses.replace(options, mode=mode)
+        given = dict(options or {})
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in given:
+            if key not in known:
+                raise UnknownOptionError(_unknown("option", key, known))
+        if mode is not None:
+            given["mode"] = mode
+        return cls(**given)
+
+    def for_layer(self, name: str) -> LayerConfig | None:
+        """The options of layer ``name``, or None when it is to be skipped."""
+        if any(matches(pattern, name) for pattern in self.skip):
+            return None
+        chosen = {key: getattr(self, key) for key in LAYER_OPTIONS}
+        for pattern, options in self.overrides.items():
+            if matches(pattern, name):
+                chosen |= options
+        return LayerConfig(**chosen)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern``, a layer name or ``"re:…"``, means the layer ``name``."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return pattern == name
+
+
+def _integer(option: str, value: object, accept: Any, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not accept(value):
+        raise InvalidOptionError(f"option {option!r} is {value!r}; give {wanted}")
+
+
+def _check_pattern(pattern: str) -> None:
+    if not isinstance(pattern, str):
+        raise InvalidOptionError(f"option 'overrides' has the key {pattern!r}; give a layer name or a 're:…' pattern")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise InvalidOptionError(f"pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_override(pattern: str, options: object) -> None:
+    if not isinstance(options, Mapping):
+        raise InvalidOptionError(f"override {pattern!r} is {options!r}; give a mapping such as {{'bits': 8}}")
+    for key in options:
+        if key not in LAYER_OPTIONS:
+            raise UnknownOptionError(_unknown(f"option of override {pattern!r}:", key, LAYER_OPTIONS))
+    try:
+        LayerConfig(**options)
+    except InvalidOptionError as error:
+        raise InvalidOptionError(f"override {pattern!r}: {error}") from None
+
+
+def _unknown(what: str, key: object, known: Any) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {key!r}.{hint} Known: {', '.join(known)}"

@@ -1,0 +1,86 @@
+"""A float weight turned into the operands that kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kbit_inductor._compat import no_modes
+from kbit_inductor.config import LayerConfig
+from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
+from kbit_inductor.kernels import reference
+from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width
+from kbit_inductor.quantizers import QUANTIZERS
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Operands = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight ``[N, K]`` of k-bit codes (layout: ``kbit_inductor.kernels.layout``).
+
+    Attributes:
+        operands: ``planes, scale, offset, global_scale``; without ``offset`` when the grid is symmetric.
+        config: how it was quantized.
+        columns: K.
+        error: squared error over squared norm of the float weight.
+    """
+
+    operands: Operands
+    config: LayerConfig
+    columns: int
+    error: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all operands."""
+        return sum(operand.nbytes for operand in self.operands)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight ``[N, K]`` that the codes stand for."""
+        planes, scale, *offset, global_scale = self.operands
+        group_size = self.config.group_columns(self.columns)
+        with no_modes():
+            return reference.dequantize(
+                planes, scale, offset[0] if offset else None, global_scale, self.columns, group_size, dtype
+            )
+
+
+@torch.no_grad()
+def pack(weight: Tensor, config: LayerConfig, layer: str = "weight") -> PackedWeight:
+    """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` and any strides.
+
+    Raises:
+        UnsupportedDtypeError: any other dtype.
+        UnsupportedShapeError: any other number of dimensions.
+        NonFiniteWeightError: the weight holds NaN or an infinity.
+    """
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise UnsupportedDtypeError(f"layer {layer!r} has a weight of {weight.dtype}; give float32, bfloat16 or float16")
+    if weight.dim() != 2:
+        raise UnsupportedShapeError(f"layer {layer!r} has a weight of shape {tuple(weight.shape)}; give a matrix [N, K]")
+    with no_modes():
+        bad = int(weight.numel() - torch.isfinite(weight).sum())
+        if bad:
+            raise NonFiniteWeightError(
+                f"layer {layer!r} has a weight with {bad} values that are NaN or infinite; mend the checkpoint, or leave "
+                f"the layer in float with skip=[{layer!r}]"
+            )
+        columns = weight.size(1)
+        group_size = config.group_columns(columns)
+        quantized = QUANTIZERS[config.quantizer](weight, config.bits, group_size, config.symmetric)
+        planes = pack_codes(quantized.codes, config.bits)
+        offset = () if quantized.offset is None else (quantized.offset,)
+        operands = (planes, quantized.scale, *offset, quantized.global_scale)
+        return PackedWeight(operands, config, columns, quantized.error)
+
+
+def operand_specs(rows: int, columns: int, config: LayerConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each operand that :func:`pack` will give, known before any value is."""
+    groups = group_count(columns, config.group_columns(columns))
+    grid = ((rows, groups), torch.float16)
+    planes = ((config.bits, rows, packed_width(columns)), torch.uint8)
+    return [planes, grid, *([] if config.symmetric else [grid]), ((1,), torch.float32)]

@@ -1,0 +1,42 @@
+"""Remove what the rewrite left without use: views of packed weights, and the inputs of weights that no node reads any more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.passes.lower import Lowered
+
+
+def drop_unused_weights(context: Context, lowered: Lowered) -> None:
+    """Erase dead views of weights, then the placeholders of weights without users.
+
+    Only views and copies of unmodified weights are erased: a node without users may still write to a tensor, and general
+    dead-code elimination would remove it.
+    """
+    for node in reversed(list(context.graph.nodes)):
+        if node.op in ("call_function", "call_method") and not node.users and _only_views(context, node):
+            context.graph.erase_node(node)
+    packed = {slot.argument for slot in lowered.slots}
+    read = set()
+    for weight in context.weights:
+        if weight.argument not in packed:
+            continue
+        if weight.node.users:
+            read.add(weight.argument)
+            context.explain(weight, "other nodes of the graph still read its floats")
+        else:
+            context.graph.erase_node(weight.node)
+    if context.config.release_weights:
+        lowered.slots[:] = [
+            dataclasses.replace(slot, may_release=slot.argument not in read) for slot in lowered.slots
+        ]
+
+
+def _only_views(context: Context, node: fx.Node) -> bool:
+    """Whether all that ``node`` returns, a tensor or several (``chunk``), are weights or views of them."""
+    value = node.meta.get(VALUE)
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(values) and all(context.locate_value(item) is not None for item in values)

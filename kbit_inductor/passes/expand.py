@@ -1,0 +1,106 @@
+"""Take apart the calls that use a weight, so that every spelling of a product becomes one of a few ATen operators.
+
+``addmm``, ``einsum``, ``matmul``, ``tensordot``, ``multi_head_attention_forward``, …: each is traced by itself on its fake operands,
+and the ATen nodes take its place when a product is among them. All other nodes stay as Dynamo wrote them, so a graph costs no
+second trace and keeps its gradient and autocast regions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kbit_inductor._compat import HigherOrderOperator, storage_id, trace
+from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory
+from kbit_inductor.passes.products import EMBEDDINGS, LINEARS, PRODUCTS
+from kbit_inductor.views import Strides
+
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.clone.default)
+VIEWS = (
+    aten.alias.default, aten.as_strided.default, aten.detach.default, aten.expand.default, aten.permute.default,
+    aten.select.int, aten.slice.Tensor, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.t.default,
+    aten.transpose.int, aten.unsqueeze.default, aten.view.default, aten._unsafe_view.default,
+)  # fmt: skip
+
+
+def expand_weight_calls(context: Context) -> None:
+    """Replace every call that multiplies by a weight through a composite operator with the ATen nodes it consists of."""
+    for node in list(context.graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
+            continue
+        weights = [located[0] for operand in node.all_input_nodes if (located := context.locate(operand)) is not None]
+        if not weights or context.locate(node) is not None or not isinstance(node.meta.get(VALUE), Tensor):
+            continue
+        if isinstance(node.target, HigherOrderOperator):
+            for weight in weights:
+                context.explain(weight, f"used inside the region of {node.target.name()}")
+            continue
+        _expand(context, node, weights)
+
+
+def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None:
+    traced = _trace_call(node)
+    calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
+    if any(inner.target in PRODUCTS for inner in calls):
+        _inline(context, node, traced)
+    elif calls and all(inner.target in (*COPIES, *VIEWS) for inner in calls):
+        _remember_copy(context, node)
+    else:
+        for weight in weights:
+            context.explain(weight, f"used by {_name(node.target)}, which is no matrix product")
+
+
+def _trace_call(node: fx.Node) -> fx.GraphModule:
+    """``node`` alone as an ATen graph. Dynamo saw the dtype that autocast made it return, so autocast is put back here."""
+    operands = node.all_input_nodes
+    values = [operand.meta[VALUE] for operand in operands]
+
+    def call(*given: Any) -> Any:
+        env = dict(zip(operands, given, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: env[operand])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    wanted = node.meta[VALUE]
+    inputs = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    autocast = wanted.dtype in (torch.bfloat16, torch.float16) and wanted.dtype not in inputs
+    with torch.autocast(wanted.device.type, wanted.dtype if autocast else None, enabled=autocast):
+        return trace(call, values)
+
+
+def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:
+    """Put the nodes of ``traced`` in the place of ``node``."""
+    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    with context.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "call_function":
+                copied = context.graph.node_copy(inner, lambda operand: env[operand])
+                copied.meta = {**node.meta, VALUE: inner.meta.get("val")}
+                env[inner] = copied
+                if inner.target in COPIES:
+                    _remember_copy(context, copied)
+    result = traced.graph.output_node().args[0]
+    node.replace_all_uses_with(env[result])  # type: ignore[index]
+    context.graph.erase_node(node)
+
+
+def _remember_copy(context: Context, node: fx.Node) -> None:
+    """Know the result of a cast or clone of a weight as that weight's values in memory of their own."""
+    located = context.locate(node.all_input_nodes[0])
+    value = node.meta[VALUE]
+    if located is None or not value.is_floating_point() or value.dtype == torch.float64:
+        if located is not None:
+            context.explain(located[0], f"used as {value.dtype}")
+        return
+    weight, view, memory, window = located
+    if tuple(value.shape) != window.size or value.device != weight.value.device:
+        return
+    context.memories[storage_id(value)] = Memory(weight, view.then(memory, window), Strides.of(value), value)
+
+
+def _name(target: object) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -1,0 +1,204 @@
+"""Find products and look-ups with a constant weight and mark them. No weight's value is read.
+
+A match replaces the node by :func:`packed_linear` or :func:`packed_embedding` on the weight's own placeholder; pattern and
+replacement of each operator stand side by side. :mod:`kbit_inductor.passes.lower` turns the marks into operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from kbit_inductor.capture import VALUE, Context, GraphWeight, Use
+from kbit_inductor.views import Strides, WeightView, first_matrix, transposed
+
+aten = torch.ops.aten
+LINEARS = (functional.linear, torch._C._nn.linear, aten.linear.default)
+EMBEDDINGS = (functional.embedding,)
+SPELLED = (*LINEARS, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, torch.functional.einsum, "matmul", "mm", "bmm")
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Marks ``linear(x, view of weight, bias)`` in a graph; it is lowered and never called."""
+    raise NotImplementedError
+
+
+def packed_embedding(indices: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Marks ``embedding(indices, weight)`` in a graph; it is lowered and never called."""
+    raise NotImplementedError
+
+
+class Rewriter:
+    """Builds the nodes that replace one matched node, just before it."""
+
+    def __init__(self, context: Context, node: fx.Node) -> None:
+        self.context = context
+        self.node = node
+
+    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """A node that calls ``target``."""
+        created = self.context.graph.call_function(target, args)
+        created.meta = {key: value for key, value in self.node.meta.items() if key != VALUE}
+        return created
+
+    def linear(self, x: Any, matrix: fx.Node, window: Strides, bias: Any = None) -> fx.Node:
+        """``x @ matrix.T + bias`` where ``window`` says where the ``[N, K]`` matrix lies in the memory of node ``matrix``."""
+        weight, view, memory, _ = _located(self.context, matrix)
+        marked = self.call(packed_linear, x, weight.node, bias, self.node.meta[VALUE].dtype)
+        rows, columns = window.size
+        self.context.uses.append(Use("linear", weight, view.then(memory, window), rows, columns, marked))
+        return marked
+
+    def sum(self, product: fx.Node, alpha: Any, other: Any, beta: Any) -> fx.Node:
+        """``alpha * product + beta * other``, without the factors that are 1."""
+        scaled = product if alpha == 1 else self.call(aten.mul.Scalar, product, alpha)
+        if beta == 0:
+            return scaled
+        return self.call(aten.add.Tensor, scaled, other if beta == 1 else self.call(aten.mul.Scalar, other, beta))
+
+
+def match_products(context: Context) -> None:
+    """Mark every product and look-up whose weight is a parameter, or say why not."""
+    for node in list(context.graph.nodes):
+        rule = PRODUCTS.get(node.target) or (_embedding if node.target in EMBEDDINGS else None)
+        if node.op != "call_function" or rule is None or not _weights_of(context, node):
+            continue
+        with context.graph.inserting_before(node):
+            replacement = rule(Rewriter(context, node), *node.args, **node.kwargs)
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            context.graph.erase_node(node)
+
+
+def explain_computed_weights(context: Context) -> None:
+    """Say which products have a weight that the graph computes from parameters, and so could not be matched."""
+    origin: dict[fx.Node, list[GraphWeight]] = {weight.node: [weight] for weight in context.weights}
+    constants = {weight.node for weight in context.weights}
+    constants |= {node for node in context.graph.find_nodes(op="placeholder") if _is_parameter(node)}
+    for node in context.graph.nodes:
+        operands = node.all_input_nodes
+        if node.op not in ("call_function", "call_method") or not operands:
+            continue
+        if all(operand in constants for operand in operands):
+            constants.add(node)
+            origin[node] = [weight for operand in operands for weight in origin.get(operand, [])]
+        elif node.target in SPELLED or getattr(node.target, "__name__", "") == "matmul" or node.target in PRODUCTS:
+            for operand in operands:
+                if operand in constants and operand.op != "placeholder" and context.locate(operand) is None:
+                    for weight in origin.get(operand, []):
+                        context.explain(weight, "its product takes a weight that is computed in the forward pass")
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+
+
+def _weights_of(context: Context, node: fx.Node) -> list[fx.Node]:
+    return [operand for operand in node.all_input_nodes if context.locate(operand) is not None]
+
+
+def _located(context: Context, node: fx.Node) -> tuple[GraphWeight, WeightView, Strides, Strides]:
+    located = context.locate(node)
+    if located is None:
+        raise LookupError(f"{node} is no view of a weight")
+    return located
+
+
+def _window(rewriter: Rewriter, node: Any, dims: int) -> Strides | None:
+    """Where ``node`` lies in a weight, if it is a view of one with ``dims`` dimensions."""
+    located = rewriter.context.locate(node)
+    return located[3] if located is not None and len(located[3].size) == dims else None
+
+
+def _linear(rewriter: Rewriter, x: Any, weight: Any, bias: Any = None) -> fx.Node | None:
+    window = _window(rewriter, weight, 2)
+    return None if window is None else rewriter.linear(x, weight, window, bias)
+
+
+def _mm(rewriter: Rewriter, a: Any, b: Any, bias: Any = None) -> fx.Node | None:
+    window = _window(rewriter, b, 2)
+    if window is not None:
+        return rewriter.linear(a, b, transposed(window), bias)
+    window = _window(rewriter, a, 2)
+    if window is not None and bias is None:
+        return rewriter.call(aten.t.default, rewriter.linear(rewriter.call(aten.t.default, b), a, window))
+    return None
+
+
+def _addmm(rewriter: Rewriter, other: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> fx.Node | None:
+    window = _window(rewriter, b, 2)
+    shape = tuple(other.meta[VALUE].shape)
+    if window is not None and beta == 1 and alpha == 1 and shape == (window.size[1],):
+        return _mm(rewriter, a, b, other)
+    product = _mm(rewriter, a, b)
+    return None if product is None else rewriter.sum(product, alpha, other, beta)
+
+
+def _bmm(rewriter: Rewriter, a: Any, b: Any) -> fx.Node | None:
+    for operand, is_left in ((b, False), (a, True)):
+        window = _window(rewriter, operand, 3)
+        if window is None:
+            continue
+        if window.size[0] != 1:
+            weight = _located(rewriter.context, operand)[0]
+            rewriter.context.explain(weight, f"a batch of {window.size[0]} different weights, which has no kernel yet")
+            continue
+        matrix = first_matrix(window)
+        if not is_left:
+            return rewriter.linear(a, operand, transposed(matrix))
+        product = rewriter.linear(rewriter.call(aten.transpose.int, b, 1, 2), operand, matrix)
+        return rewriter.call(aten.transpose.int, product, 1, 2)
+    return None
+
+
+def _baddbmm(rewriter: Rewriter, other: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> fx.Node | None:
+    product = _bmm(rewriter, a, b)
+    return None if product is None else rewriter.sum(product, alpha, other, beta)
+
+
+def _mv(rewriter: Rewriter, matrix: Any, vector: Any) -> fx.Node | None:
+    window = _window(rewriter, matrix, 2)
+    return None if window is None else rewriter.linear(vector, matrix, window)
+
+
+def _addmv(rewriter: Rewriter, other: Any, matrix: Any, vector: Any, *, beta: Any = 1, alpha: Any = 1) -> fx.Node | None:
+    product = _mv(rewriter, matrix, vector)
+    return None if product is None else rewriter.sum(product, alpha, other, beta)
+
+
+def _embedding(
+    rewriter: Rewriter,
+    indices: Any,
+    table: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> fx.Node | None:
+    context, window = rewriter.context, _window(rewriter, table, 2)
+    if window is None:
+        return None
+    weight, view, memory, _ = _located(context, table)
+    if max_norm is not None:
+        context.explain(weight, "max_norm rescales its rows at every call")
+        return None
+    marked = rewriter.call(packed_embedding, indices, weight.node, rewriter.node.meta[VALUE].dtype)
+    context.uses.append(Use("embedding", weight, view.then(memory, window), *window.size, marked))
+    return marked
+
+
+Rule = Callable[..., "fx.Node | None"]
+PRODUCTS: dict[Any, Rule] = {
+    **dict.fromkeys(LINEARS, _linear),
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.mv.default: _mv,
+    aten.addmv.default: _addmv,
+}

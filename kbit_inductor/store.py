@@ -1,0 +1,171 @@
+"""The packed weights of this process, one copy of each, bound to parameters by weak references.
+
+A graph names no weight: ``for layer in layers: layer.compile(backend="kbit")`` calls one graph with every layer's weights, and a
+parameter may be changed between two calls. So each call looks up what it needs here, by the identity of the parameter, and a
+parameter that has changed since it was packed is packed again. How a change is seen: another ``Parameter`` object has another
+identity; in-place operations raise ``_version``; ``p.data = …`` gives the parameter another storage object, and holding that object
+weakly keeps its address from being used again. What cannot be seen: ``p.data.mul_(…)``, and in-place changes to weights created in
+inference mode, since torch counts no versions there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
+from kbit_inductor.config import LayerConfig
+from kbit_inductor.errors import ReleasedWeightError
+from kbit_inductor.logs import logger
+from kbit_inductor.packing import PackedWeight, pack
+from kbit_inductor.progress import PackingProgress
+from kbit_inductor.release import is_released, release
+from kbit_inductor.views import WeightView
+
+log = logger("pack")
+REPACKS_BEFORE_WARNING = 3
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A packed weight that a graph needs: which argument it comes from, which part of it, and how it is stored."""
+
+    argument: int
+    name: str
+    view: WeightView
+    config: LayerConfig
+    may_release: bool = False
+
+
+@dataclass
+class Entry:
+    """What was packed from one parameter, and the state the parameter was in."""
+
+    parameter: weakref.ref[Tensor]
+    version: int
+    storage: StorageWeakRef
+    packed: dict[tuple[WeightView, LayerConfig], PackedWeight] = field(default_factory=dict)
+    repacks: int = 0
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is the parameter and unchanged since."""
+        return self.parameter() is weight and self.version == _version(weight) and self.storage.cdata == storage_id(weight)
+
+
+class PackedWeights:
+    """Packed weights by parameter."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._lock = threading.RLock()
+
+    def renew_lock(self) -> None:
+        """Forget who holds the lock: the child of a fork may inherit it held by a thread that it does not have."""
+        self._lock = threading.RLock()
+
+    def find(self, weight: Tensor, slot: Slot) -> PackedWeight | None:
+        """The packed form of ``weight`` as it is now, or None."""
+        entry = self._entries.get(id(weight))
+        if entry is None or not entry.is_of(weight):
+            return None
+        return entry.packed.get((slot.view, slot.config))
+
+    def operands(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[Tensor]:
+        """The operands of all ``slots`` in order, packing what is missing or has changed."""
+        found = [self.find(arguments[slot.argument], slot) for slot in slots]
+        if None in found:
+            found = self._pack_missing(arguments, slots)
+        return [operand for packed in found if packed is not None for operand in packed.operands]
+
+    def _pack_missing(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[PackedWeight | None]:
+        with self._lock, PackingProgress(len(slots)) as progress:
+            packed: list[PackedWeight | None] = []
+            for slot in slots:
+                packed.append(self.pack(arguments[slot.argument], slot))
+                progress.advance(slot.name)
+            release({arguments[slot.argument]: slot.name for slot in slots if slot.may_release})
+            return packed
+
+    def pack(self, weight: Tensor, slot: Slot) -> PackedWeight:
+        """The packed form of ``weight`` as it is now.
+
+        Raises:
+            ReleasedWeightError: the floats it would be packed from were freed.
+        """
+        with self._lock:
+            found = self.find(weight, slot)
+            if found is not None:
+                return found
+            if is_released(weight):
+                raise ReleasedWeightError(
+                    f"layer {slot.name!r} needs another packed form ({slot.config}), but its float weight was freed by "
+                    "release_weights=True; load the weights again first, or compile without release_weights"
+                )
+            entry = self._current_entry(weight, slot)
+            start = time.perf_counter()
+            with no_modes():
+                packed = pack(slot.view.apply(weight.detach()), slot.config, slot.name)
+            entry.packed[slot.view, slot.config] = packed
+            log.info(
+                "packed %s: %d bits, %d bytes, relative error %.3g, %.3f s",
+                slot.name, slot.config.bits, packed.nbytes, packed.error, time.perf_counter() - start,
+            )  # fmt: skip
+            return packed
+
+    def _current_entry(self, weight: Tensor, slot: Slot) -> Entry:
+        """The entry of ``weight``, begun anew when it is of another tensor or of an earlier state."""
+        key = id(weight)
+        old = self._entries.get(key)
+        if old is not None and old.is_of(weight):
+            return old
+        repacks = old.repacks + 1 if old is not None and old.parameter() is weight else 0
+        storage = StorageWeakRef(weight.untyped_storage())
+        entry = Entry(weakref.ref(weight, self._forget(key)), _version(weight), storage, repacks=repacks)
+        self._entries[key] = entry
+        if repacks:
+            log.info("%s has changed since it was packed; packing it again", slot.name)
+        if repacks == REPACKS_BEFORE_WARNING:
+            log.warning(
+                "%s changed between calls %d times and was packed again each time; if it changes at every call, leave it in "
+                "float with skip=[%r]", slot.name, repacks, slot.name,
+            )  # fmt: skip
+        return entry
+
+    def _forget(self, key: int) -> Callable[[weakref.ref[Tensor]], None]:
+        entries = self._entries
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            entry = entries.get(key)
+            if entry is not None and entry.parameter is reference:
+                del entries[key]
+
+        return forget
+
+    def packed_forms(self, weight: Tensor) -> list[tuple[WeightView, PackedWeight]]:
+        """The matrices of ``weight`` that are packed as it is now."""
+        entry = self._entries.get(id(weight))
+        if entry is None or not entry.is_of(weight):
+            return []
+        return [(view, packed) for (view, _), packed in entry.packed.items()]
+
+    def nbytes(self) -> int:
+        """Bytes of all packed weights that are alive."""
+        return sum(packed.nbytes for entry in list(self._entries.values()) for packed in entry.packed.values())
+
+
+def _version(weight: Tensor) -> int:
+    """The count of in-place changes; 0 for inference tensors, which have none."""
+    return 0 if weight.is_inference() else weight._version
+
+
+STORE = PackedWeights()
+"""The store of this process. Recompiles, and graphs that share layers, must find the one copy that exists."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=STORE.renew_lock)

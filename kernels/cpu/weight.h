@@ -1,0 +1,39 @@
+// A packed weight and the element types of activations, as the kernels see them (layout: ../layout.py).
+#pragma once
+
+#include <cstdint>
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+namespace kbit {
+
+struct Weight {
+  const uint8_t* planes;    // [bits, rows, width]
+  const c10::Half* scale;   // [rows, groups]
+  const c10::Half* offset;  // [rows, groups], or null for the symmetric grid
+  float global_scale;
+  int bits;            // 1..8
+  int64_t rows;        // N
+  int64_t columns;     // K
+  int64_t group_size;  // columns, at least 1
+
+  int64_t width() const { return (columns + 7) / 8; }
+  int64_t groups() const { return columns / group_size + (columns % group_size != 0); }
+};
+
+enum class Dtype { Float32, BFloat16, Float16 };
+
+// Calls `f` with a null pointer of the element type, so that a generic lambda can name it.
+template <class F>
+void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::Float32: return f(static_cast<float*>(nullptr));
+    case Dtype::BFloat16: return f(static_cast<c10::BFloat16*>(nullptr));
+    case Dtype::Float16: return f(static_cast<c10::Half*>(nullptr));
+  }
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace kbit

@@ -1,0 +1,62 @@
+"""The storage layout of k-bit codes: bit planes, independent of the device.
+
+A weight of ``N`` rows and ``K`` columns with ``k``-bit codes is stored as ``planes``, a contiguous uint8 tensor of shape
+``[k, N, ceil(K / 8)]``. Plane 0 holds the most significant bit of every code, so the first ``j`` planes are the ``j`` leading
+bits. Byte ``b`` of a row holds columns ``8 b .. 8 b + 7``, column ``8 b + i`` in bit ``i``. Columns past ``K`` are zero.
+
+The values come back by an affine map per group of ``group_size`` columns::
+
+    w[n, c] = (scale[n, g] * code[n, c] + offset[n, g]) * global_scale        g = c // group_size
+
+``scale`` and ``offset`` are float16 ``[N, G]``, ``G = ceil(K / group_size)``; ``global_scale`` is float32 ``[1]``, a power of two
+that keeps both inside float16's range whatever the magnitude of the weight. ``offset=None`` stands for the symmetric grid
+``offset = -scale * midpoint(k)``. The map holds GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks exactly.
+
+Bit planes as the storage of quantized weights: Zhu et al., "DoReFa-Net" (2016), and Park et al., "Any-Precision LLM" (2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 8
+
+
+def midpoint(bits: int) -> float:
+    """The code that means zero in a symmetric grid: ``2 ** (bits - 1)``, or one half at 1 bit, where the levels are ±scale/2."""
+    return 0.5 if bits == 1 else float(2 ** (bits - 1))
+
+
+def packed_width(columns: int) -> int:
+    """Bytes that one row of one plane takes."""
+    return -(-columns // 8)
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups in a row of ``columns``; the last one may be partial."""
+    return -(-columns // group_size)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 ``codes`` of shape ``[N, K]``, each below ``2 ** bits``, into planes ``[bits, N, ceil(K / 8)]``."""
+    rows, columns = codes.shape
+    width = packed_width(columns)
+    padded = torch.nn.functional.pad(codes, (0, 8 * width - columns)).view(rows, width, 8)
+    weights = (2 ** torch.arange(8, device=codes.device)).to(torch.uint8)
+    planes = torch.empty(bits, rows, width, dtype=torch.uint8, device=codes.device)
+    for plane in range(bits):
+        bit = (padded >> (bits - 1 - plane)) & 1
+        torch.sum(bit * weights, dim=-1, dtype=torch.uint8, out=planes[plane])
+    return planes
+
+
+def unpack_codes(planes: Tensor, columns: int) -> Tensor:
+    """The inverse of :func:`pack_codes`: uint8 codes ``[N, columns]``."""
+    bits, rows, width = planes.shape
+    shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    codes = torch.zeros(rows, width * 8, dtype=torch.uint8, device=planes.device)
+    for plane in range(bits):
+        bit = (planes[plane].unsqueeze(-1) >> shifts) & 1
+        codes = (codes << 1) | bit.view(rows, width * 8)
+    return codes[:, :columns]

@@ -1,0 +1,81 @@
+"""Plain PyTorch forms of the operators: their definition, their default and the oracle of every kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kbit_inductor.kernels.layout import midpoint, unpack_codes
+
+
+def dequantize(
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    global_scale: Tensor,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight ``[N, columns]`` that packed operands stand for (layout: :mod:`kbit_inductor.kernels.layout`).
+
+    The arithmetic is float32, or float64 when ``dtype`` is; the result is then rounded to ``dtype``.
+    """
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = unpack_codes(planes, columns).to(compute)
+    group = torch.arange(columns, device=planes.device) // group_size
+    step = scale.to(compute)[:, group]
+    zero = -step * midpoint(planes.size(0)) if offset is None else offset.to(compute)[:, group]
+    return ((codes * step + zero) * global_scale.to(compute)).to(dtype)
+
+
+def linear(
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    global_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` of shape ``[..., K]`` and any floating dtype; the result ``[..., N]`` has the dtype of ``x``.
+
+    Sums are float32 (float64 for float64 ``x``) and rounded once, at the end.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = dequantize(planes, scale, offset, global_scale, x.size(-1), group_size, compute)
+    out = x.to(compute) @ weight.t()
+    if bias is not None:
+        out = out + bias.to(compute)
+    return out.to(x.dtype)
+
+
+def embedding(
+    indices: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    global_scale: Tensor,
+    embedding_dim: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows ``indices`` (int32 or int64, any shape ``[...]``) of the packed table as ``[..., embedding_dim]`` of ``dtype``.
+
+    Raises:
+        IndexError: an index is negative or not below the number of rows (on CPU; device tensors are not read).
+    """
+    flat = indices.reshape(-1)
+    rows = planes.size(1)
+    if flat.device.type == "cpu" and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
+        raise IndexError(f"index out of range in an embedding of {rows} rows")
+    picked = dequantize(
+        planes.index_select(1, flat),
+        scale.index_select(0, flat),
+        None if offset is None else offset.index_select(0, flat),
+        global_scale,
+        embedding_dim,
+        group_size,
+        dtype,
+    )
+    return picked.view(*indices.shape, embedding_dim)

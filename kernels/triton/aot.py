@@ -1,0 +1,132 @@
+"""Compile a kernel ahead of time, for a GPU that need not be there, and look at what came out.
+
+Triton carries the assemblers and disassemblers of its targets, so that register counts, spills and the instructions
+chosen can be checked on any machine. ``python/triton/tools/compile.py`` of Triton compiles ahead of time in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import KernelParam
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel for one target: its text at every stage and the resources of one thread.
+
+    On NVIDIA's targets ``sass``, ``registers`` and ``spill_bytes`` need ``cuobjdump`` and ``nvdisasm``; they raise
+    RuntimeError where Triton came without.
+    """
+
+    target: str
+    asm: Mapping[str, str | bytes] = field(repr=False)
+
+    @property
+    def assembly(self) -> str:
+        """PTX, or the AMDGCN assembly."""
+        return self.asm["ptx" if "ptx" in self.asm else "amdgcn"]
+
+    @property
+    def sass(self) -> str:
+        """The machine instructions of an NVIDIA GPU, disassembled."""
+        return self.asm["sass"]
+
+    @cached_property
+    def _resource_usage(self) -> str:
+        """NVIDIA's report ``REG:n STACK:n SHARED:n LOCAL:n ...`` on the binary."""
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(self.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def _resource(self, nvidia: str, amd: str) -> int:
+        pattern, text = (rf"{nvidia}:(\d+)", self._resource_usage) if "cubin" in self.asm else (amd, self.assembly)
+        return int(re.search(pattern, text).group(1))
+
+    @property
+    def registers(self) -> int:
+        """Vector registers a thread holds."""
+        return self._resource("REG", r"\.vgpr_count:\s*(\d+)")
+
+    @property
+    def spill_bytes(self) -> int:
+        """Bytes of a thread's stack. Triton code has no arrays or calls that would need one, so all of it is spills."""
+        return self._resource("STACK", r"\.private_segment_fixed_size:\s*(\d+)")
+
+
+def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], target: str) -> CompiledKernel:
+    """Compile ``kernel`` as a launch with ``arguments`` would; Triton caches the result on disk likewise.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        arguments: its arguments by name, and compiler options such as ``num_warps``. Tensors are not read, so meta
+            tensors do; they are taken to be aligned to 16 bytes, as torch allocates them.
+        target: a key of :data:`TARGETS`.
+
+    Raises:
+        TypeError: Triton runs interpreted (``TRITON_INTERPRET=1``), or an argument is of a type a launch does not take.
+    """
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    for param in kernel.params:
+        value = arguments[param.name]
+        signature[param.name] = kind = _argument_type(param, value)
+        if kind == "constexpr":
+            constants[param.name] = value
+        elif _is_aligned(param, value):
+            attributes[(param.num,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in arguments.items() if name not in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return CompiledKernel(target, triton.compile(source, target=TARGETS[target], options=options).asm)
+
+
+# The two below follow what Triton's launcher specializes a kernel on (triton.runtime.jit).
+
+
+def _argument_type(param: KernelParam, value: object) -> str:
+    """Triton's name of the argument's type, ``"constexpr"`` for what a launch compiles in."""
+    if param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return _POINTER_TYPES[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    raise TypeError(f"a kernel takes tensors, integers and None at run time, not {param.name}={value!r}")
+
+
+def _is_aligned(param: KernelParam, value: object) -> bool:
+    """Whether the compiler may assume that 16 divides the argument."""
+    return isinstance(value, torch.Tensor) or (value % 16 == 0 and not param.do_not_specialize)

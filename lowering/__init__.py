@@ -1,0 +1,1 @@
+"""The ``kbit::`` operators and the registry that picks a kernel for them."""

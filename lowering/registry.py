@@ -1,0 +1,139 @@
+"""Which kernel computes a ``kbit::`` operator: frozen records, asked in order of cost.
+
+A kernel says by ``supports`` whether it can compute a problem, and why not; among those that can, the least ``cost`` wins. The
+reference supports everything, and a choice that falls back to it carries the reasons. (Registry of frozen records with a
+capability predicate: after torch-TensorRT's converter registry.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kbit_inductor.kernels.cpu import build
+from kbit_inductor.lowering import ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product or look-up to be computed.
+
+    Attributes:
+        family: ``"linear"`` or ``"embedding"``.
+        device: type of the device, ``"cpu"`` or ``"cuda"``.
+        dtype: of the activations, or of the looked-up rows.
+        rows: N, output features or entries of the table.
+        columns: K, input features or width of an entry.
+        bits: bits per code.
+        group_size: columns per scale.
+    """
+
+    family: str
+    device: str
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+
+    @property
+    def packed_bytes(self) -> float:
+        """Bytes of codes, scales and offsets."""
+        return self.rows * self.columns * (self.bits / 8 + 4 / self.group_size)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute a family of operators.
+
+    Attributes:
+        name: shown to the user.
+        suffix: of its operators, ``kbit::linear{suffix}`` and ``kbit::embedding{suffix}``.
+        supports: None when it can compute a problem, else the reason why not.
+        cost: bytes it moves for one row of activations, the measure by which kernels are compared.
+    """
+
+    name: str
+    suffix: str
+    supports: Callable[[Problem], str | None]
+    cost: Callable[[Problem], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel picked for a problem and, by name, why each other one was not."""
+
+    kernel: Kernel
+    rejected: tuple[tuple[str, str], ...]
+
+    def overload(self, family: str) -> torch._ops.OpOverload:
+        """The operator that calls the kernel."""
+        return ops.overload(family, self.kernel.suffix)
+
+
+def choose(problem: Problem, kernels: Sequence[Kernel] | None = None) -> Choice:
+    """The cheapest of ``kernels`` (default: :data:`KERNELS`) that supports ``problem``."""
+    able: list[Kernel] = []
+    rejected: list[tuple[str, str]] = []
+    for kernel in KERNELS if kernels is None else kernels:
+        reason = kernel.supports(problem)
+        if reason is None:
+            able.append(kernel)
+        else:
+            rejected.append((kernel.name, reason))
+    best = min(able, key=lambda kernel: kernel.cost(problem))
+    slower = [(kernel.name, "moves more bytes") for kernel in able if kernel is not best]
+    return Choice(best, (*rejected, *slower))
+
+
+@functools.cache
+def _cpu_library_problem() -> str | None:
+    """Why the compiled CPU library is not there, or None when it is loaded."""
+    try:
+        build.load()
+    except build.CpuBuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    """Why Triton cannot be used, or None when it can."""
+    try:
+        import triton  # noqa: F401  (only whether it imports matters)
+    except ImportError as error:
+        return f"Triton does not import ({error}); pip install triton"
+    return None
+
+
+def _cpu_supports(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on a CPU, the weight is on {problem.device}"
+    if problem.dtype not in FLOATS:
+        return f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _cpu_library_problem()
+
+
+def _triton_supports(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"runs on a GPU, the weight is on {problem.device}"
+    if problem.dtype not in FLOATS:
+        return f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _triton_problem()
+
+
+def _reference_bytes(problem: Problem) -> float:
+    # Codes are spread to bytes, turned into floats, scaled, and read by the product: each a pass over memory.
+    return problem.packed_bytes + problem.rows * problem.columns * (1 + 1 + 4 * 6)
+
+
+KERNELS = (
+    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes),
+    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes),
+    Kernel("reference", "", lambda problem: None, _reference_bytes),
+)

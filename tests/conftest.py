@@ -1,0 +1,32 @@
+"""What every test starts from: caches of its own session, a fixed seed, and a Dynamo that remembers no other test."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A stale entry of a user's cache would hide a bug, so the session has empty ones. torch reads these names when it is
+# imported: they must be set before.
+_caches = tempfile.TemporaryDirectory(prefix="kbit-tests-", ignore_cleanup_errors=True)
+for _name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KBIT_CACHE_DIR"):
+    os.environ[_name] = os.path.join(_caches.name, _name.lower())  # noqa: PTH118 (an environment holds strings)
+
+import torch  # noqa: E402 (see above)
+
+# No deadline, and slow examples are no fault: the first example of a shape may compile a kernel.
+settings.register_profile("kbit", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("kbit-ci", settings.get_profile("kbit"), derandomize=True)
+settings.load_profile("kbit-ci" if os.environ.get("CI") else "kbit")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_torch() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    # What a test compiled holds its model, packed weights and all.
+    torch._dynamo.reset()
