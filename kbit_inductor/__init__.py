@@ -18,14 +18,18 @@ from kbit_inductor.errors import (
     UnsupportedDtypeError,
     UnsupportedShapeError,
 )
+from kbit_inductor.explain import Explanation, LayerReport, explain
+from kbit_inductor.restore import restore_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Config",
+    "Explanation",
     "InvalidOptionError",
     "KbitError",
     "LayerConfig",
+    "LayerReport",
     "ModelCallError",
     "NonFiniteWeightError",
     "ReleasedWeightError",
@@ -33,5 +37,7 @@ __all__ = [
     "UnmatchedOverrideError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "explain",
     "kbit",
+    "restore_",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import InputType
@@ -97,3 +98,8 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
 def is_compiled_function(function: object) -> bool:
     """Whether ``function`` was returned by ``torch.compile``."""
     return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def graph_breaks() -> dict[str, int]:
+    """Dynamo's count of graph breaks by reason, since the process began or Dynamo was reset."""
+    return dict(counters["graph_break"])

@@ -37,7 +37,7 @@ def kbit(
     try:
         return compile_graph(gm, example_inputs, Config.from_options(options, mode))
     except KbitError as error:
-        return _raiser(error)
+        return raiser(error)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
@@ -84,7 +84,9 @@ def _bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> C
     return call
 
 
-def _raiser(error: KbitError) -> Compiled:
+def raiser(error: KbitError) -> Compiled:
+    """A callable that raises ``error`` when it is called."""
+
     def call(*arguments: Any) -> Any:
         raise error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,29 +41,42 @@ FindGrid = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 def quantize_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool, find_grid: FindGrid) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` of any floating dtype, a few rows at a time, with one grid per group of columns."""
     rows, columns = weight.shape
-    groups = group_count(columns, group_size)
-    device = weight.device
-    exponent = _range_exponent(weight)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
-    scale = torch.empty(rows, groups, dtype=torch.float16, device=device)
-    offset = None if symmetric else torch.empty_like(scale)
+    result = _empty(rows, columns, group_size, symmetric, weight)
     squared_error = squared_norm = 0.0
+    whole = columns // group_size * group_size
     step = max(1, CHUNK_ELEMENTS // max(columns, 1))
-    for start in range(0, rows if columns else 0, step):
+    for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        values = torch.ldexp(weight[part].float(), torch.tensor(exponent, device=device))
-        grouped = _to_groups(values, group_size)
-        part_scale, part_offset = find_grid(grouped, bits, symmetric)
-        part_codes = encode(grouped, part_scale, part_offset, bits)
-        restored = decode(part_codes, part_scale, part_offset, bits).view(values.size(0), -1)[:, :columns]
-        squared_error += float((values - restored).square().sum(dtype=torch.float64))
+        values = weight[part].float() / result.global_scale
         squared_norm += float(values.square().sum(dtype=torch.float64))
-        codes[part] = part_codes.view(values.size(0), -1)[:, :columns].to(torch.uint8)
-        scale[part] = part_scale.view(-1, groups).half()
-        if offset is not None and part_offset is not None:
-            offset[part] = part_offset.view(-1, groups).half()
-    global_scale = torch.tensor([math.ldexp(1.0, -exponent)], dtype=torch.float32, device=device)
-    return Quantized(codes, scale, offset, global_scale, squared_error / squared_norm if squared_norm else 0.0)
+        # The last group of a row may be shorter; it gets a grid for what it has.
+        for first, end, width in ((0, whole, group_size), (whole, columns, columns - whole)):
+            if first < end:
+                groups = values[:, first:end].reshape(-1, width)
+                grids = slice(first // group_size, -(-end // group_size))
+                squared_error += _fill(result, part, slice(first, end), grids, groups, bits, find_grid)
+    return dataclasses.replace(result, error=squared_error / squared_norm if squared_norm else 0.0)
+
+
+def _empty(rows: int, columns: int, group_size: int, symmetric: bool, weight: Tensor) -> Quantized:
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows, group_count(columns, group_size), dtype=torch.float16, device=weight.device)
+    offset = None if symmetric else torch.empty_like(scale)
+    return Quantized(codes, scale, offset, _global_scale(weight), 0.0)
+
+
+def _fill(
+    result: Quantized, rows: slice, columns: slice, grids: slice, groups: Tensor, bits: int, find_grid: FindGrid
+) -> float:
+    """Quantize ``groups`` into a block of ``result``, and return the squared error."""
+    scale, offset = find_grid(groups, bits, result.offset is None)
+    codes = encode(groups, scale, offset, bits)
+    count = rows.stop - rows.start
+    result.codes[rows, columns] = codes.view(count, -1).to(torch.uint8)
+    result.scale[rows, grids] = scale.view(count, -1).half()
+    if result.offset is not None and offset is not None:
+        result.offset[rows, grids] = offset.view(count, -1).half()
+    return float((groups - decode(codes, scale, offset, bits)).square().sum(dtype=torch.float64))
 
 
 def encode(groups: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
@@ -84,19 +98,8 @@ def round_to_half(values: Tensor) -> Tensor:
     return values.half().float()
 
 
-def _range_exponent(weight: Tensor) -> int:
-    """``e`` such that ``weight * 2 ** e`` has its largest magnitude near ``2 ** 14``, well inside float16."""
+def _global_scale(weight: Tensor) -> Tensor:
+    """The power of two by which ``weight`` is divided to bring its largest magnitude near ``2 ** 14``, well inside float16."""
     largest = float(weight.abs().max()) if weight.numel() else 0.0
-    if largest == 0.0:
-        return 0
-    return max(-126, min(126, 14 - math.frexp(largest)[1]))
-
-
-def _to_groups(values: Tensor, group_size: int) -> Tensor:
-    """Rows ``[n, K]`` as groups ``[n * G, group_size]``; the last group of a row is filled with the row's last value,
-    which leaves its minimum and maximum as they are."""
-    columns = values.size(1)
-    missing = -columns % group_size
-    if missing:
-        values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)
-    return values.reshape(-1, group_size)
+    exponent = max(-126, min(126, math.frexp(largest)[1] - 14)) if largest else 0
+    return torch.tensor([math.ldexp(1.0, exponent)], dtype=torch.float32, device=weight.device)

@@ -1,7 +1,7 @@
 """Builds the C++ kernels on first use and loads them, so that ``torch.ops.kbit.*_cpu`` have an implementation.
 
-The library is compiled for this very machine (``-march=native``) and kept in a cache directory. Its file name carries the
-key of everything that went into it and a digest of its bytes: a stale, truncated or half-written file is never loaded.
+The library is compiled for this very machine (``-march=native``) and kept in a cache directory. Its file name carries
+the key of everything that went into it and a digest of its bytes: a stale or truncated file is never loaded.
 
 Environment:
     CXX: the compiler, arguments allowed (default ``g++``).
@@ -11,6 +11,7 @@ Environment:
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -49,7 +50,7 @@ def _load_once() -> None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        raise CpuBuildError(f"the compiled CPU kernels do not load: {error}\nDelete {library} and try again.") from error
+        raise CpuBuildError(f"the compiled CPU kernels do not load: {error}\nDelete {library} and retry.") from error
 
 
 def build(portable: bool | None = None) -> Path:
@@ -103,7 +104,7 @@ def _macros(compiler: list[str], *flags: str) -> str | None:
 
 
 def _compile_flags() -> list[str]:
-    # -ffast-math would let the compiler assume that there are no NaNs; contraction to fused multiply-add is all we want.
+    # Not -ffast-math, which assumes that there are no NaNs: fused multiply-add is all we want of it.
     return [
         "-std=c++20",
         "-O3",
@@ -141,7 +142,7 @@ def _cached(key: str) -> Path | None:
 
 
 def _compile(compiler: list[str], flags: list[str], key: str) -> Path:
-    """Build in a directory of our own, then move into the cache in one step: builds that race do not disturb each other."""
+    """Build in a directory of our own, then move into the cache in one step, so that two processes may race."""
     directory = cache_dir()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -177,6 +178,8 @@ def _build_in(scratch: Path, compiler: list[str], flags: list[str]) -> Path:
 
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if os.strerror(errno.ENOSPC) in result.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if result.returncode:
         shown = "\n".join(result.stderr.splitlines()[:_SHOWN_LINES])
         raise CpuBuildError(

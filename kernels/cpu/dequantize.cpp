@@ -31,7 +31,7 @@ inline int64_t end_of_group(const Weight& weight, int64_t group, int64_t column)
   return std::min(kBlock, (group + 1) * weight.group_size - column);
 }
 
-// A span is a run of columns that lies in one group, in steps of which the loop is unrolled; 0 stands for any length.
+// A span is a run of columns that lies in one group, its length known to the compiler; 0 stands for any length.
 // scale * code is exact (11 + 8 bits) and so is scale * midpoint: every weight is rounded once, by the addition.
 template <int Bits, int Span>
 void dequantize_row(const Weight& weight, int64_t row, int64_t begin, int64_t end, float* out) {

@@ -1,7 +1,7 @@
 """Compile a kernel ahead of time, for a GPU that need not be there, and look at what came out.
 
 Triton carries the assemblers and disassemblers of its targets, so that register counts, spills and the instructions
-chosen can be checked on any machine. ``python/triton/tools/compile.py`` of Triton compiles ahead of time in the same way.
+chosen can be checked on any machine. Triton's own ``python/triton/tools/compile.py`` compiles in the same way.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Config:
-    """How the output is cut: a program computes ``block_m`` rows by ``block_n`` columns, in steps of ``block_k`` inputs.
+    """How the output is cut: a program computes ``block_m`` rows by ``block_n`` columns, ``block_k`` inputs a step.
 
     Every block is a power of two, ``block_k`` at least 16. With ``block_m == 1`` a program multiplies and adds in
     float32; above that it uses ``tl.dot``, for which ``block_m`` and ``block_n`` are at least 16.
@@ -35,7 +35,7 @@ def default_config(rows: int, dtype: torch.dtype) -> Config:
     """The tile sizes for ``rows`` rows of ``x``. Chosen so that no kernel spills, not by measurement on a device."""
     # Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584), so there is no dot in it.
     if rows <= 4 or (dtype == torch.bfloat16 and triton.knobs.runtime.interpret):
-        return Config(block_m=1, block_n=8, block_k=256)
+        return Config(block_m=1, block_n=16, block_k=128)
     # A float32 product has no tensor cores to go to: its operands are held in registers, which bounds the tile.
     if dtype == torch.float32:
         return Config(block_m=16, block_n=32, block_k=32)
@@ -160,7 +160,7 @@ def linear(
         |error| <= u(x.dtype) |y| + (u_w + (K + 2) u(float32)) a + u(float32) |bias|        to first order
 
     where ``u_w`` is ``u(float32)`` for float32 ``x`` or ``block_m == 1``, by default up to 4 rows. Above that it is
-    ``u(x.dtype)``, since tensor cores take the weight in the dtype of ``x``, as they do in an unquantized model. What is
+    ``u(x.dtype)``, since tensor cores take the weight in the dtype of ``x``, as they do in a float model. What is
     rounded there is the weight before ``global_scale``: in float16 a value beyond 65504 becomes infinite and one below
     6e-5 loses up to 2**-25. Tensor cores truncate where they add, which doubles ``u(float32)``.
 

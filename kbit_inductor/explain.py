@@ -1,0 +1,236 @@
+"""What the backend does with a model, layer by layer, as an object and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from kbit_inductor import backend
+from kbit_inductor._compat import graph_breaks
+from kbit_inductor.capture import Context
+from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.errors import ModelCallError
+from kbit_inductor.packing import pack
+from kbit_inductor.passes.lower import Lowered
+from kbit_inductor.release import is_released
+from kbit_inductor.store import STORE, Slot
+from kbit_inductor.views import WeightView
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One weight matrix of the model.
+
+    Attributes:
+        name: of the layer.
+        shape: ``(N, K)`` of the matrix, or the parameter's shape where it is not matched.
+        matched: whether a packed form takes its place.
+        reasons: why not, or why its floats are needed besides.
+        uses: how it is used, ``"linear"`` or ``"embedding"``, once for each node.
+        config: bits, group size and so on; None when not matched.
+        bytes_before: of the float matrix.
+        bytes_after: of the packed one, scales included; as before when not matched.
+        error: squared error over squared norm.
+        kernels: chosen for each of ``uses``.
+        rejected: by kernel name, why the others were not chosen.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    matched: bool
+    reasons: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    config: LayerConfig | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    error: float = 0.0
+    kernels: tuple[str, ...] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`explain`. ``print`` it, or give it to a rich console.
+
+    Attributes:
+        layers: one report for each weight matrix, matched or not.
+        graphs: how many graphs Dynamo made.
+        graph_breaks: reason to count.
+    """
+
+    layers: tuple[LayerReport, ...]
+    graphs: int
+    graph_breaks: Mapping[str, int]
+
+    @property
+    def matched(self) -> tuple[LayerReport, ...]:
+        """The layers that are packed."""
+        return tuple(layer for layer in self.layers if layer.matched)
+
+    def layer(self, name: str) -> LayerReport:
+        """The report of the layer ``name``; KeyError when there is none."""
+        for report in self.layers:
+            if report.name == name:
+                return report
+        raise KeyError(name)
+
+    def __rich__(self) -> Group:
+        table = Table(title=f"kbit: {len(self.matched)} of {len(self.layers)} weight matrices packed", show_footer=True)
+        before, after = (sum(getattr(layer, key) for layer in self.layers) for key in ("bytes_before", "bytes_after"))
+        columns = (("layer", ""), ("shape", ""), ("use", ""), ("bits", ""), ("group", ""), ("bytes before", f"{before:,}"),
+                   ("after", f"{after:,}"), ("error", ""), ("kernel", ""), ("why", ""))  # fmt: skip
+        for title, footer in columns:
+            right = title in ("bits", "group", "bytes before", "after", "error")
+            table.add_column(title, footer, justify="right" if right else "left", overflow="fold")
+        for layer in self.layers:
+            table.add_row(*_cells(layer))
+        breaks = "; ".join(f"{reason.splitlines()[0]} ({count})" for reason, count in self.graph_breaks.items()) or "none"
+        return Group(table, f"graphs: {self.graphs}, graph breaks: {breaks}")
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=160)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def explain(
+    model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None = None, **keywords: Any
+) -> Explanation:
+    """What ``torch.compile(model, backend="kbit", options=config)`` does when called with ``inputs`` and ``keywords``.
+
+    The model runs once, without gradients and on its float weights (or on packed ones where those were released); nothing is kept.
+
+    Raises:
+        ModelCallError: the model itself fails on ``inputs``.
+        UnknownOptionError, InvalidOptionError, UnmatchedOverrideError, NonFiniteWeightError: as the compiled model would.
+    """
+    resolved = Config.from_options(config)
+    original = getattr(model, "_orig_mod", model)
+    recorder = _Recorder(resolved)
+    breaks_before = graph_breaks()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    with torch.no_grad():
+        try:
+            torch.compile(run, backend=recorder)(*inputs, **keywords)
+        except recorder.mistakes:
+            raise
+        except Exception as error:
+            raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
+    breaks = {reason: count - breaks_before.get(reason, 0) for reason, count in graph_breaks().items()}
+    return Explanation(
+        (*recorder.reports.values(), *_unreached(original, recorder.seen)),
+        recorder.graphs,
+        {reason: count for reason, count in breaks.items() if count},
+    )
+
+
+class _Recorder:
+    """A backend that reports on each graph and then runs it as it is."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.reports: dict[tuple[int, WeightView], LayerReport] = {}
+        self.seen: set[int] = set()
+        self.graphs = 0
+        self.mistakes: tuple[type[Exception], ...] = (backend.KbitError,)
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        self.graphs += 1
+        try:
+            captured = backend.capture(gm, inputs, self.config)
+        except backend.KbitError as error:
+            return backend.raiser(error)
+        if captured is not None:
+            _, context, lowered = captured
+            weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
+            self.seen |= {id(tensor) for tensor in weights.values()}
+            try:
+                for key, report in _reports(context, lowered, weights):
+                    self.reports[key] = _merged(self.reports.get(key), report)
+            except backend.KbitError as error:
+                return backend.raiser(error)
+            if any(is_released(tensor) for tensor in weights.values()):
+                return backend.compile_graph(gm, inputs, self.config)
+        return gm.forward
+
+
+def _merged(old: LayerReport | None, new: LayerReport) -> LayerReport:
+    """One report for a matrix that several graphs use, or one under several names."""
+    if old is None:
+        return new
+    names = dict.fromkeys((*old.name.split(" = "), *new.name.split(" = ")))
+    reasons = tuple(dict.fromkeys((*old.reasons, *new.reasons)))
+    merged = {"name": " = ".join(names), "uses": old.uses + new.uses, "kernels": old.kernels + new.kernels, "reasons": reasons}
+    return dataclasses.replace(new if new.matched else old, **merged)  # type: ignore[arg-type]
+
+
+def _reports(
+    context: Context, lowered: Lowered, weights: Mapping[int, Tensor]
+) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
+    for slot in lowered.slots:
+        uses = [(use, choice) for use, choice in lowered.choices if (use.weight.argument, use.view) == (slot.argument, slot.view)]
+        yield (id(weights[slot.argument]), slot.view), _matched_report(context, slot, uses, weights[slot.argument])
+    packed = {slot.argument for slot in lowered.slots}
+    for weight in context.weights:
+        if weight.argument not in packed:
+            size = weights[weight.argument].nbytes if weight.value.layout == torch.strided else 0
+            reasons = tuple(context.reasons.get(weight.name, ("no product uses it",)))
+            shape = tuple(weight.value.shape)
+            report = LayerReport(weight.name, shape, False, reasons, bytes_before=size, bytes_after=size)
+            yield (id(weights[weight.argument]), WeightView()), report
+
+
+def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
+    packed = STORE.find(weight, slot) or pack(slot.view.apply(weight.detach()), slot.config, slot.name)
+    first = uses[0][0]
+    return LayerReport(
+        name=slot.name,
+        shape=(first.rows, first.columns),
+        matched=True,
+        reasons=tuple(context.reasons.get(slot.name, ())),
+        uses=tuple(use.family for use, _ in uses),
+        config=slot.config,
+        bytes_before=first.rows * first.columns * weight.element_size(),
+        bytes_after=packed.nbytes,
+        error=packed.error,
+        kernels=tuple(choice.kernel.name for _, choice in uses),
+        rejected=dict(uses[0][1].rejected),
+    )
+
+
+def _unreached(model: Any, seen: set[int]) -> list[LayerReport]:
+    """Weights of the model that no graph took as input."""
+    if not isinstance(model, nn.Module):
+        return []
+    return [
+        LayerReport(
+            name.removesuffix(".weight"), tuple(parameter.shape), False, ("no captured graph uses it",),
+            bytes_before=parameter.nbytes, bytes_after=parameter.nbytes,
+        )  # fmt: skip
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in seen
+    ]
+
+
+def _cells(layer: LayerReport) -> list[str]:
+    shape = " x ".join(map(str, layer.shape))
+    if layer.config is None:
+        why = "; ".join(layer.reasons)
+        return [layer.name, shape, "", "", "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}", "", "", why]
+    why = "; ".join((*layer.reasons, *(f"not {name}: {reason}" for name, reason in layer.rejected.items())))
+    group = "row" if layer.config.group_size == -1 else str(layer.config.group_size)
+    return [
+        layer.name, shape, ", ".join(dict.fromkeys(layer.uses)), str(layer.config.bits), group, f"{layer.bytes_before:,}",
+        f"{layer.bytes_after:,}", f"{layer.error:.2g}", ", ".join(dict.fromkeys(layer.kernels)), why,
+    ]  # fmt: skip
