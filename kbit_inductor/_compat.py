@@ -67,8 +67,8 @@ def member_path(source: str) -> list[str]:
     return _MEMBER.findall(source)
 
 
-def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of Dynamo's graph that may be edited, with what AOTAutograd reads of the original, and the node map."""
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph that may be edited, with what AOTAutograd reads of the original."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, mapping))
@@ -79,7 +79,7 @@ def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
     copied.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copied._param_name_to_source = gm._param_name_to_source
-    return copied, mapping
+    return copied
 
 
 def mark_static_input(placeholder: fx.Node) -> None:

@@ -42,26 +42,21 @@ def kbit(
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
     """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
-    captured = capture(gm, example_inputs, config)
-    if captured is None:
-        return inductor(gm, example_inputs, config.mode)
-    rewritten, context, lowered = captured
-    kept = _kept_arguments(context, len(example_inputs))
+    rewritten, context, lowered = capture(gm, example_inputs, config)
     _log_matches(context, lowered)
+    if not lowered.slots:
+        return inductor(gm, example_inputs, config.mode)
+    kept = _kept_arguments(context, len(example_inputs))
     inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *lowered.values], config.mode)
     return _bound(inner, kept, tuple(lowered.slots))
 
 
-def capture(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
-) -> tuple[fx.GraphModule, Context, Lowered] | None:
-    """A copy of ``gm`` that takes packed weights, with what was found; None when nothing matches."""
-    copied, _ = copy_graph(gm)
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[fx.GraphModule, Context, Lowered]:
+    """A copy of ``gm`` that takes packed weights, with what was found."""
+    copied = copy_graph(gm)
     weights = find_weights(copied.graph, example_inputs, config)
     check_overrides(config, weights, example_inputs)
     context = begin(copied.graph, weights, config)
-    if not weights:
-        return None
     lowered = pipeline.run(context)
     copied.graph.lint()
     copied.recompile()

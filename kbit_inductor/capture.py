@@ -97,6 +97,12 @@ class Context:
             return None
         return memory.weight, memory.view, memory.layout, Strides.of(value)
 
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether all that ``node`` returns, a tensor or several (``chunk``), are weights or views of them."""
+        value = node.meta.get(VALUE)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        return bool(values) and all(self.locate_value(item) is not None for item in values)
+
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the graph's values belong to."""
         mode: FakeTensorMode = self.weights[0].value.fake_mode  # type: ignore[attr-defined]

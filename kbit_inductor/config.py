@@ -131,7 +131,9 @@ def _check_pattern(pattern: str) -> None:
         try:
             re.compile(pattern[3:])
         except re.error as error:
-            raise InvalidOptionError(f"pattern {pattern!r} is no regular expression: {error}") from None
+            raise InvalidOptionError(
+                f"options 'overrides' and 'skip': the pattern {pattern!r} is no regular expression: {error}"
+            ) from None
 
 
 def _check_override(pattern: str, options: object) -> None:

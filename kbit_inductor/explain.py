@@ -17,7 +17,7 @@ from kbit_inductor import backend
 from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
-from kbit_inductor.errors import ModelCallError
+from kbit_inductor.errors import KbitError, ModelCallError
 from kbit_inductor.packing import pack
 from kbit_inductor.passes.lower import Lowered
 from kbit_inductor.release import is_released
@@ -123,7 +123,7 @@ def explain(
     with torch.no_grad():
         try:
             torch.compile(run, backend=recorder)(*inputs, **keywords)
-        except recorder.mistakes:
+        except KbitError:
             raise
         except Exception as error:
             raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
@@ -143,25 +143,19 @@ class _Recorder:
         self.reports: dict[tuple[int, WeightView], LayerReport] = {}
         self.seen: set[int] = set()
         self.graphs = 0
-        self.mistakes: tuple[type[Exception], ...] = (backend.KbitError,)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
         try:
-            captured = backend.capture(gm, inputs, self.config)
-        except backend.KbitError as error:
-            return backend.raiser(error)
-        if captured is not None:
-            _, context, lowered = captured
+            _, context, lowered = backend.capture(gm, inputs, self.config)
             weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
             self.seen |= {id(tensor) for tensor in weights.values()}
-            try:
-                for key, report in _reports(context, lowered, weights):
-                    self.reports[key] = _merged(self.reports.get(key), report)
-            except backend.KbitError as error:
-                return backend.raiser(error)
-            if any(is_released(tensor) for tensor in weights.values()):
-                return backend.compile_graph(gm, inputs, self.config)
+            for key, report in _reports(context, lowered, weights):
+                self.reports[key] = _merged(self.reports.get(key), report)
+        except KbitError as error:
+            return backend.raiser(error)
+        if any(is_released(tensor) for tensor in weights.values()):
+            return backend.compile_graph(gm, inputs, self.config)
         return gm.forward
 
 

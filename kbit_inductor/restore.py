@@ -25,6 +25,6 @@ def restore_(model: nn.Module) -> nn.Module:
             raise ReleasedWeightError(f"{name!r} cannot be restored: only parts of it were packed; load its values instead")
         give_memory(weight)
         for view, packed in forms:
-            view.apply(weight.data).copy_(packed.dequantize())
+            view.assign(weight.data, packed.dequantize())
         weight.add_(0)  # raises the version, so that the next compiled call packs what is here now
     return model

@@ -26,7 +26,7 @@ def dequantized_copy(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for original, copied in zip(originals, copies, strict=True):
             for view, packed in STORE.packed_forms(original):
-                view.apply(copied.data).copy_(packed.dequantize())
+                view.assign(copied.data, packed.dequantize())
                 written += 1
     if not written:
         raise LookupError("no weight of the model is packed; call the compiled model first")

@@ -41,18 +41,34 @@ class WeightView:
 
     def apply(self, weight: Tensor) -> Tensor:
         """The matrix, as a view of ``weight`` wherever its memory allows."""
-        current = weight
         for memory, window in self.chain:
-            if tuple(current.shape) != memory.size or tuple(current.stride()) != memory.stride:
-                laid_out = torch.empty_strided(memory.size, memory.stride, dtype=current.dtype, device=current.device)
-                current = laid_out.copy_(current)
-            start = current.storage_offset() + window.offset - memory.offset
-            current = current.as_strided(window.size, window.stride, start)
-        return current
+            weight = _seen(_laid_out(weight, memory), memory, window)
+        return weight
+
+    def assign(self, weight: Tensor, values: Tensor) -> None:
+        """Write ``values`` to where the matrix lies in ``weight``."""
+        if not self.chain:
+            weight.copy_(values)
+            return
+        memory, window = self.chain[0]
+        laid_out = _laid_out(weight, memory)
+        WeightView(self.chain[1:]).assign(_seen(laid_out, memory, window), values)
+        if laid_out is not weight:
+            weight.copy_(laid_out)
 
     def then(self, memory: Strides, window: Strides) -> WeightView:
         """This view, laid out as ``memory`` and seen through ``window``."""
         return self if memory == window else WeightView((*self.chain, (memory, window)))
+
+
+def _laid_out(tensor: Tensor, memory: Strides) -> Tensor:
+    if tuple(tensor.shape) == memory.size and tuple(tensor.stride()) == memory.stride:
+        return tensor
+    return torch.empty_strided(memory.size, memory.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _seen(tensor: Tensor, memory: Strides, window: Strides) -> Tensor:
+    return tensor.as_strided(window.size, window.stride, tensor.storage_offset() + window.offset - memory.offset)
 
 
 def transposed(window: Strides) -> Strides:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import fx
-
-from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.capture import Context
 from kbit_inductor.passes.lower import Lowered
 
 
@@ -17,7 +15,7 @@ def drop_unused_weights(context: Context, lowered: Lowered) -> None:
     dead-code elimination would remove it.
     """
     for node in reversed(list(context.graph.nodes)):
-        if node.op in ("call_function", "call_method") and not node.users and _only_views(context, node):
+        if node.op in ("call_function", "call_method") and not node.users and context.is_view(node):
             context.graph.erase_node(node)
     packed = {slot.argument for slot in lowered.slots}
     read = set()
@@ -33,10 +31,3 @@ def drop_unused_weights(context: Context, lowered: Lowered) -> None:
         lowered.slots[:] = [
             dataclasses.replace(slot, may_release=slot.argument not in read) for slot in lowered.slots
         ]
-
-
-def _only_views(context: Context, node: fx.Node) -> bool:
-    """Whether all that ``node`` returns, a tensor or several (``chunk``), are weights or views of them."""
-    value = node.meta.get(VALUE)
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return bool(values) and all(context.locate_value(item) is not None for item in values)

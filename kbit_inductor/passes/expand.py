@@ -7,6 +7,7 @@ second trace and keeps its gradient and autocast regions.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -32,13 +33,23 @@ def expand_weight_calls(context: Context) -> None:
         if node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
             continue
         weights = [located[0] for operand in node.all_input_nodes if (located := context.locate(operand)) is not None]
-        if not weights or context.locate(node) is not None or not isinstance(node.meta.get(VALUE), Tensor):
+        if not weights or context.is_view(node):
             continue
         if isinstance(node.target, HigherOrderOperator):
             for weight in weights:
                 context.explain(weight, f"used inside the region of {node.target.name()}")
-            continue
-        _expand(context, node, weights)
+        elif _outputs(node) is not None:
+            _expand(context, node, weights)
+
+
+def _outputs(node: fx.Node) -> list[Tensor] | None:
+    """The tensors that ``node`` returns; None when they cannot be replaced one by one."""
+    value = node.meta.get(VALUE)
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)) and all(user.target is operator.getitem for user in node.users):
+        return [item for item in value if isinstance(item, Tensor)] or None
+    return None
 
 
 def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None:
@@ -46,7 +57,7 @@ def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None
     calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
     if any(inner.target in PRODUCTS for inner in calls):
         _inline(context, node, traced)
-    elif calls and all(inner.target in (*COPIES, *VIEWS) for inner in calls):
+    elif calls and all(inner.target in (*COPIES, *VIEWS) for inner in calls) and isinstance(node.meta[VALUE], Tensor):
         _remember_copy(context, node)
     else:
         for weight in weights:
@@ -65,7 +76,7 @@ def _trace_call(node: fx.Node) -> fx.GraphModule:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    wanted = node.meta[VALUE]
+    wanted = (_outputs(node) or [])[0]
     inputs = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     autocast = wanted.dtype in (torch.bfloat16, torch.float16) and wanted.dtype not in inputs
     with torch.autocast(wanted.device.type, wanted.dtype if autocast else None, enabled=autocast):
@@ -84,7 +95,12 @@ def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:
                 if inner.target in COPIES:
                     _remember_copy(context, copied)
     result = traced.graph.output_node().args[0]
-    node.replace_all_uses_with(env[result])  # type: ignore[index]
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(env[result])
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(env[result[user.args[1]]])  # type: ignore[index]
+            context.graph.erase_node(user)
     context.graph.erase_node(node)
 
 

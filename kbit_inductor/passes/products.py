@@ -114,9 +114,9 @@ def _window(rewriter: Rewriter, node: Any, dims: int) -> Strides | None:
     return located[3] if located is not None and len(located[3].size) == dims else None
 
 
-def _linear(rewriter: Rewriter, x: Any, weight: Any, bias: Any = None) -> fx.Node | None:
+def _linear(rewriter: Rewriter, input: Any, weight: Any, bias: Any = None) -> fx.Node | None:
     window = _window(rewriter, weight, 2)
-    return None if window is None else rewriter.linear(x, weight, window, bias)
+    return None if window is None else rewriter.linear(input, weight, window, bias)
 
 
 def _mm(rewriter: Rewriter, a: Any, b: Any, bias: Any = None) -> fx.Node | None:
@@ -172,23 +172,23 @@ def _addmv(rewriter: Rewriter, other: Any, matrix: Any, vector: Any, *, beta: An
 
 def _embedding(
     rewriter: Rewriter,
-    indices: Any,
-    table: Any,
+    input: Any,
+    weight: Any,
     padding_idx: Any = None,
     max_norm: Any = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> fx.Node | None:
-    context, window = rewriter.context, _window(rewriter, table, 2)
+    context, window = rewriter.context, _window(rewriter, weight, 2)
     if window is None:
         return None
-    weight, view, memory, _ = _located(context, table)
+    table, view, memory, _ = _located(context, weight)
     if max_norm is not None:
-        context.explain(weight, "max_norm rescales its rows at every call")
+        context.explain(table, "max_norm rescales its rows at every call")
         return None
-    marked = rewriter.call(packed_embedding, indices, weight.node, rewriter.node.meta[VALUE].dtype)
-    context.uses.append(Use("embedding", weight, view.then(memory, window), *window.size, marked))
+    marked = rewriter.call(packed_embedding, input, table.node, rewriter.node.meta[VALUE].dtype)
+    context.uses.append(Use("embedding", table, view.then(memory, window), *window.size, marked))
     return marked
 
 
