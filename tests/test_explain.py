@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import nn
+
+import kbit_inductor as kbit
+
+
+class Model(nn.Module):
+    def __init__(self, breaks=False):
+        super().__init__()
+        self.table = nn.Embedding(60, 64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.tiny, self.unused = nn.Linear(64, 2), nn.Linear(64, 64)
+        self.head = nn.Linear(64, 60, bias=False)
+        self.head.weight = self.table.weight
+        self.breaks = breaks
+
+    def forward(self, indices):
+        x = self.down(torch.relu(self.up(self.table(indices))))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.head(x), self.tiny(x)
+
+
+INDICES = torch.arange(6).view(2, 3)
+
+
+def test_each_layer_says_what_becomes_of_it():
+    report = kbit.explain(Model(), INDICES, config={"overrides": {"up": {"bits": 2}}, "skip": ["down"]})
+    assert [layer.name for layer in report.matched] == ["table", "up"]
+    up = report.layer("up")
+    assert (up.shape, up.config.bits, up.kernels) == ((128, 64), 2, ("cpu",))
+    assert up.bytes_before == 128 * 64 * 4
+    assert up.bytes_after == 128 * 64 * 2 // 8 + 128 * 2 * 2 + 4
+    assert 0 < up.error < 0.2
+    assert set(up.rejected) == {"triton", "reference"}
+    assert report.layer("table").uses == ("embedding", "linear")
+    assert "'skip'" in report.layer("down").reasons[0]
+    assert "too small" in report.layer("tiny").reasons[0]
+    assert "no captured graph" in report.layer("unused").reasons[0]
+    with pytest.raises(KeyError):
+        report.layer("nobody")
+
+
+def test_the_table_shows_every_layer_and_the_totals():
+    report = kbit.explain(Model(), INDICES)
+    text = str(report)
+    for layer in report.layers:
+        assert layer.name in text
+    assert f"{sum(layer.bytes_after for layer in report.layers):,}" in text
+
+
+def test_graph_breaks_are_counted_and_tied_weights_told_once():
+    report = kbit.explain(Model(breaks=True), INDICES)
+    assert report.graphs == 2
+    assert len(report.graph_breaks) == 1
+    assert report.layer("table = head").uses == ("embedding", "linear")
+    assert kbit.explain(Model(), INDICES).graph_breaks == {}
+
+
+def test_a_compiled_model_can_be_explained_and_keeps_its_graph():
+    model = Model()
+    compiled = torch.compile(model, backend="kbit")
+    with torch.no_grad():
+        before = compiled(INDICES)
+        assert kbit.explain(compiled, INDICES).matched
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            after = compiled(INDICES)
+    assert torch.equal(before[0], after[0])
+
+
+def test_a_released_model_can_be_explained():
+    model = Model()
+    with torch.no_grad():
+        torch.compile(model, backend="kbit", options={"release_weights": True})(INDICES)
+    assert kbit.explain(model, INDICES, config={"release_weights": True}).layer("up").error > 0
+
+
+def test_mistakes_are_our_own_errors():
+    with pytest.raises(kbit.UnknownOptionError):
+        kbit.explain(Model(), INDICES, config={"bit": 3})
+    with pytest.raises(kbit.UnmatchedOverrideError, match=r"'upp'.*up"):
+        kbit.explain(Model(), INDICES, config={"overrides": {"upp": {"bits": 3}}})
+    with pytest.raises(kbit.ModelCallError, match="call failed"):
+        kbit.explain(Model(), torch.tensor([1.5]))
+    broken = Model()
+    broken.up.weight.data[3, 3] = float("inf")
+    with pytest.raises(kbit.NonFiniteWeightError, match="'up'"):
+        kbit.explain(broken, INDICES)
+
+
+def test_nothing_is_kept_packed():
+    from kbit_inductor.store import STORE
+
+    model = Model()
+    kbit.explain(model, INDICES)
+    assert not STORE.packed_forms(model.up.weight)
