@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -44,13 +44,13 @@ def storage_id(tensor: Tensor) -> int:
 
 def no_modes() -> contextlib.AbstractContextManager[Any]:
     """Leave every dispatch mode, so that real tensors can be worked on while a graph is being compiled."""
-    return _disable_current_modes()  # type: ignore[no-any-return]
+    return _disable_current_modes()
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> Callable[..., Any]:
     """Compile ``graph`` as ``torch.compile(mode=mode)`` would. ``inputs`` may be fake tensors of the graph's own fake mode."""
-    compiled: Callable[..., Any] = compile_fx(graph, list(inputs), config_patches=dict(list_mode_options(mode)) or None)
-    return compiled
+    patches = dict(list_mode_options(mode)) or None
+    return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
 
 
 def source_name(placeholder: fx.Node) -> str | None:
@@ -74,7 +74,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, mapping))
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
@@ -84,7 +84,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def mark_static_input(placeholder: fx.Node) -> None:
     """Tell AOTAutograd that this input keeps its address from call to call, so that CUDA graphs need not copy it."""
-    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder._dynamo_source = None
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 

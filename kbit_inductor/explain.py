@@ -101,9 +101,7 @@ class Explanation:
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def explain(
-    model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None = None, **keywords: Any
-) -> Explanation:
+def explain(model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None = None, **keywords: Any) -> Explanation:
     """What ``torch.compile(model, backend="kbit", options=config)`` does when called with ``inputs`` and ``keywords``.
 
     The model runs once, without gradients and on its float weights (or on packed ones where those were released); nothing is kept.
@@ -165,7 +163,12 @@ def _merged(old: LayerReport | None, new: LayerReport) -> LayerReport:
         return new
     names = dict.fromkeys((*old.name.split(" = "), *new.name.split(" = ")))
     reasons = tuple(dict.fromkeys((*old.reasons, *new.reasons)))
-    merged = {"name": " = ".join(names), "uses": old.uses + new.uses, "kernels": old.kernels + new.kernels, "reasons": reasons}
+    merged = {
+        "name": " = ".join(names),
+        "uses": old.uses + new.uses,
+        "kernels": old.kernels + new.kernels,
+        "reasons": reasons,
+    }
     return dataclasses.replace(new if new.matched else old, **merged)  # type: ignore[arg-type]
 
 
@@ -209,9 +212,13 @@ def _unreached(model: Any, seen: set[int]) -> list[LayerReport]:
         return []
     return [
         LayerReport(
-            name.removesuffix(".weight"), tuple(parameter.shape), False, ("no captured graph uses it",),
-            bytes_before=parameter.nbytes, bytes_after=parameter.nbytes,
-        )  # fmt: skip
+            name.removesuffix(".weight"),
+            tuple(parameter.shape),
+            False,
+            ("no captured graph uses it",),
+            bytes_before=parameter.nbytes,
+            bytes_after=parameter.nbytes,
+        )
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in seen
     ]

@@ -45,7 +45,10 @@ def _layer_names(weight_ids: set[int]) -> set[str]:
     names: set[str] = set()
     for candidate in gc.get_objects():
         if issubclass(type(candidate), nn.Module):
-            parameters = [*candidate.named_parameters(remove_duplicate=False), *candidate.named_buffers(remove_duplicate=False)]
+            parameters = [
+                *candidate.named_parameters(remove_duplicate=False),
+                *candidate.named_buffers(remove_duplicate=False),
+            ]
             if any(id(tensor) in weight_ids for _, tensor in parameters):
                 names |= {name.removesuffix(".weight") for name, _ in parameters}
     return names

@@ -44,9 +44,7 @@ class PackedWeight:
         planes, scale, *offset, global_scale = self.operands
         group_size = self.config.group_columns(self.columns)
         with no_modes():
-            return reference.dequantize(
-                planes, scale, offset[0] if offset else None, global_scale, self.columns, group_size, dtype
-            )
+            return reference.dequantize(planes, scale, offset[0] if offset else None, global_scale, self.columns, group_size, dtype)
 
 
 @torch.no_grad()

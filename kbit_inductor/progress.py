@@ -27,10 +27,9 @@ class PackingProgress:
         """Count one weight, of ``layer``, as packed."""
         self._done += 1
         if self._bar is None and time.monotonic() - self._start > PATIENCE:
-            self._bar = Progress(
-                TextColumn("packing weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
+            text = TextColumn("packing weights"), TextColumn("{task.description}")
+            columns = (text[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text[1])
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.add_task(layer, total=self._total)
             self._bar.start()
         if self._bar is not None:

@@ -48,7 +48,7 @@ def release(weights: Mapping[Tensor, str]) -> None:
 def give_memory(weight: Tensor) -> None:
     """Give a released weight uninitialized memory, to be filled by the caller."""
     last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    weight.untyped_storage().resize_((weight.storage_offset() + last + 1) * weight.element_size())
+    weight.untyped_storage().resize_(int(weight.storage_offset() + last + 1) * weight.element_size())
     for attribute in ("__reduce_ex__", "__deepcopy__"):
         weight.__dict__.pop(attribute, None)
 
@@ -58,7 +58,10 @@ def _owners(weights: Mapping[Tensor, str]) -> Iterator[nn.Module]:
     wanted = {id(weight) for weight in weights}
     for candidate in gc.get_objects():
         if issubclass(type(candidate), nn.Module):
-            tensors = [*candidate.__dict__.get("_parameters", {}).values(), *candidate.__dict__.get("_buffers", {}).values()]
+            tensors = [
+                *candidate.__dict__.get("_parameters", {}).values(),
+                *candidate.__dict__.get("_buffers", {}).values(),
+            ]
             if any(id(tensor) in wanted for tensor in tensors):
                 yield candidate
 
@@ -107,7 +110,8 @@ def _guarded_apply(weak: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> n
     module = weak()
     assert module is not None  # it is being called
     _refuse(module, "to(), or another conversion,")
-    return type(module)._apply(module, *args, **kwargs)
+    converted: nn.Module = type(module)._apply(module, *args, **kwargs)
+    return converted
 
 
 def _guarded_state(weak: weakref.ref[nn.Module]) -> dict[str, Any]:

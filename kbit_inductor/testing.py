@@ -34,7 +34,7 @@ def dequantized_copy(model: nn.Module) -> nn.Module:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual - expected‖ / ‖expected‖`` in float64; the norm of ``actual`` where ``expected`` is zero; NaN never passes a bound."""
+    """``‖actual - expected‖ / ‖expected‖`` in float64, or the norm of ``actual`` where ``expected`` is zero."""
     difference = (actual.double() - expected.double()).norm()
     norm = expected.double().norm()
     return float(difference / norm if norm > 0 else difference)

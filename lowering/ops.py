@@ -50,7 +50,13 @@ def overload(family: str, suffix: str = "") -> torch._ops.OpOverload:
 
 
 def _linear_fake(
-    x: Tensor, planes: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    global_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], planes.shape[1]))
 
@@ -101,9 +107,7 @@ def _grad_input(
     for start in range(0, planes.size(1), step):
         rows = slice(start, start + step)
         part_offset = None if offset is None else offset[rows]
-        weight = reference.dequantize(
-            planes[:, rows], scale[rows], part_offset, global_scale, columns, group_size, compute
-        )
+        weight = reference.dequantize(planes[:, rows], scale[rows], part_offset, global_scale, columns, group_size, compute)
         total += grad[..., rows].to(compute) @ weight
     return total.to(grad.dtype)
 

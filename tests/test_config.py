@@ -95,7 +95,11 @@ def test_a_weight_with_nan_is_named_and_can_be_mended():
 def test_log_settings():
     import logging
 
-    assert logs.parse("+capture,pack,-release") == {"capture": logging.DEBUG, "pack": logging.INFO, "release": logging.ERROR}
+    assert logs.parse("+capture,pack,-release") == {
+        "capture": logging.DEBUG,
+        "pack": logging.INFO,
+        "release": logging.ERROR,
+    }
     assert logs.parse("all") == dict.fromkeys(logs.TOPICS, logging.INFO)
     assert logs.parse("") == {}
     with pytest.raises(ValueError, match=r"'captur'.*known topics"):

@@ -88,9 +88,7 @@ dtypes = st.sampled_from(DTYPES)
     exponent=st.integers(-6, 2),
     seed=st.integers(0, 2**31),
 )
-def test_linear_matches_float64(
-    batch, rows, columns, bits, group_size, with_offset, dtype, bias_dtype, how, exponent, seed
-):
+def test_linear_matches_float64(batch, rows, columns, bits, group_size, with_offset, dtype, bias_dtype, how, exponent, seed):
     torch.manual_seed(seed)
     weight = make_weight(rows, columns, bits, group_size, with_offset, exponent - bits)
     x = strided(torch.randn(max(batch, 1) if how == "expanded" else batch, columns).to(dtype), how)
@@ -163,9 +161,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
     shape=st.sampled_from([(), (0,), (1,), (5,), (2, 3)]),
     seed=st.integers(0, 2**31),
 )
-def test_embedding_equals_the_reference(
-    rows, columns, bits, group_size, with_offset, dtype, index_dtype, shape, seed
-):
+def test_embedding_equals_the_reference(rows, columns, bits, group_size, with_offset, dtype, index_dtype, shape, seed):
     torch.manual_seed(seed)
     operands = (*make_weight(rows, columns, bits, group_size, with_offset, -bits), columns, group_size, dtype)
     indices = torch.randint(0, rows, shape, dtype=index_dtype)
@@ -233,6 +229,7 @@ def test_wrong_operands_of_embedding_raise():
 
 # --- the build -------------------------------------------------------------------------------------------------------
 
+
 def test_portable_build_passes_the_same_tests():
     if os.environ.get("KBIT_PORTABLE") == "1":
         pytest.skip("this is that run")
@@ -281,14 +278,14 @@ def test_build_replaces_a_truncated_library(tiny_source):
 def test_build_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path))
-    with pytest.raises(build.CpuBuildError, match="apt install g\\+\\+.*CXX"):
+    with pytest.raises(build.CpuBuildError, match=r"apt install g\+\+.*CXX"):
         build.build()
 
 
 def test_build_shows_what_the_compiler_said(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "g++ -fno-such-option")
     monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path))
-    with pytest.raises(build.CpuBuildError, match="(?s)no-such-option.*C\\+\\+20"):
+    with pytest.raises(build.CpuBuildError, match=r"(?s)no-such-option.*C\+\+20"):
         build.build()
     assert not list(tmp_path.iterdir())
 

@@ -110,7 +110,11 @@ def test_random_modules_rewritten(data, bits, group, symmetric, dtype, seed):
     x = data.draw(inputs(width, dtype))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
-        check(module, x, {"bits": bits, "group_size": group, "symmetric": symmetric, "quantizer": "rtn", "min_elements": 0})
+        check(
+            module,
+            x,
+            {"bits": bits, "group_size": group, "symmetric": symmetric, "quantizer": "rtn", "min_elements": 0},
+        )
 
 
 @settings(max_examples=6)

@@ -18,9 +18,7 @@ NAMES = st.sampled_from(sorted(QUANTIZERS))
     bits=BITS, rows=st.integers(0, 8), columns=st.integers(0, 150), group=GROUPS, symmetric=st.booleans(), name=NAMES,
     dtype=FLOATS, seed=SEEDS,
 )  # fmt: skip
-def test_packed_operands_have_the_promised_shapes_and_finite_values(
-    bits, rows, columns, group, symmetric, name, dtype, seed
-):
+def test_packed_operands_have_the_promised_shapes_and_finite_values(bits, rows, columns, group, symmetric, name, dtype, seed):
     config = LayerConfig(bits, group, symmetric, name)
     packed = pack(normal((rows, columns), seed, dtype), config)
     assert [(tuple(o.shape), o.dtype) for o in packed.operands] == operand_specs(rows, columns, config)

@@ -239,9 +239,7 @@ def compile_linear(
     """The kernel that ``linear`` would launch; with a bias unless the grid is symmetric, to see both of each."""
     packed = packed_on_meta(n, k, bits, group_size, symmetric)
     x, out, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((m, k), (m, n), (n,)))
-    arguments = triton_linear.launch_arguments(
-        x, *packed, None if symmetric else bias, group_size, out, default_config(m, dtype)
-    )
+    arguments = triton_linear.launch_arguments(x, *packed, None if symmetric else bias, group_size, out, default_config(m, dtype))
     return aot.compile_ahead(triton_linear.linear_kernel, arguments, target)
 
 

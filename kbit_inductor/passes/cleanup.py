@@ -28,6 +28,4 @@ def drop_unused_weights(context: Context, lowered: Lowered) -> None:
         else:
             context.graph.erase_node(weight.node)
     if context.config.release_weights:
-        lowered.slots[:] = [
-            dataclasses.replace(slot, may_release=slot.argument not in read) for slot in lowered.slots
-        ]
+        lowered.slots[:] = [dataclasses.replace(slot, may_release=slot.argument not in read) for slot in lowered.slots]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -65,11 +66,11 @@ def _add_inputs(context: Context, use: Use, lowered: Lowered) -> list[fx.Node]:
 
 def _replace(context: Context, use: Use, operands: list[fx.Node], lowered: Lowered) -> None:
     layer = _config(use)
-    dtype = use.node.args[-1]
+    dtype: Any = use.node.args[-1]
     problem = Problem(
         family=use.family,
         device=use.weight.value.device.type,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         rows=use.rows,
         columns=use.columns,
         bits=layer.bits,
@@ -78,10 +79,11 @@ def _replace(context: Context, use: Use, operands: list[fx.Node], lowered: Lower
     choice = choose(problem)
     planes, scale, *offset, global_scale = operands
     packed = (planes, scale, offset[0] if offset else None, global_scale)
+    arguments: tuple[Any, ...]
     with context.graph.inserting_before(use.node):
         if use.family == "linear":
             x, _, bias, _ = use.node.args
-            arguments = (_cast(context, x, dtype), *packed, bias, problem.group_size)  # type: ignore[arg-type]
+            arguments = (_cast(context, x, dtype), *packed, bias, problem.group_size)
         else:
             arguments = (use.node.args[0], *packed, use.columns, problem.group_size, dtype)
         created = context.graph.call_function(choice.overload(use.family), arguments)
@@ -92,7 +94,7 @@ def _replace(context: Context, use: Use, operands: list[fx.Node], lowered: Lower
     lowered.choices.append((use, choice))
 
 
-def _cast(context: Context, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _cast(context: Context, x: Any, dtype: torch.dtype) -> Any:
     """``x`` in the dtype in which the product is computed, which autocast may have made another than its own."""
     value = x.meta.get(VALUE)
     if isinstance(value, Tensor) and value.dtype == dtype:

@@ -19,7 +19,18 @@ from kbit_inductor.views import Strides, WeightView, first_matrix, transposed
 aten = torch.ops.aten
 LINEARS = (functional.linear, torch._C._nn.linear, aten.linear.default)
 EMBEDDINGS = (functional.embedding,)
-SPELLED = (*LINEARS, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.einsum, torch.functional.einsum, "matmul", "mm", "bmm")
+SPELLED = (
+    *LINEARS,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.einsum,
+    torch.functional.einsum,
+    "matmul",
+    "mm",
+    "bmm",
+)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -187,8 +198,9 @@ def _embedding(
     if max_norm is not None:
         context.explain(table, "max_norm rescales its rows at every call")
         return None
+    rows, columns = window.size
     marked = rewriter.call(packed_embedding, input, table.node, rewriter.node.meta[VALUE].dtype)
-    context.uses.append(Use("embedding", table, view.then(memory, window), *window.size, marked))
+    context.uses.append(Use("embedding", table, view.then(memory, window), rows, columns, marked))
     return marked
 
 

@@ -65,9 +65,7 @@ def _empty(rows: int, columns: int, group_size: int, symmetric: bool, weight: Te
     return Quantized(codes, scale, offset, _global_scale(weight), 0.0)
 
 
-def _fill(
-    result: Quantized, rows: slice, columns: slice, grids: slice, groups: Tensor, bits: int, find_grid: FindGrid
-) -> float:
+def _fill(result: Quantized, rows: slice, columns: slice, grids: slice, groups: Tensor, bits: int, find_grid: FindGrid) -> float:
     """Quantize ``groups`` into a block of ``result``, and return the squared error."""
     scale, offset = find_grid(groups, bits, result.offset is None)
     codes = encode(groups, scale, offset, bits)

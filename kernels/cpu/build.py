@@ -149,7 +149,7 @@ def _compile(compiler: list[str], flags: list[str], key: str) -> Path:
         with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
             built = _build_in(Path(scratch), compiler, flags)
             library = directory / f"kbit_cpu-{key}-{_file_digest(built)}.so"
-            os.replace(built, library)
+            built.replace(library)
     except OSError as error:
         raise CpuBuildError(
             f"cannot write the compiled CPU kernels to {directory}: {error.strerror}.\n"

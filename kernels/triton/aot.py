@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 import triton
@@ -53,25 +54,26 @@ class CompiledKernel:
     @property
     def assembly(self) -> str:
         """PTX, or the AMDGCN assembly."""
-        return self.asm["ptx" if "ptx" in self.asm else "amdgcn"]
+        return str(self.asm["ptx" if "ptx" in self.asm else "amdgcn"])
 
     @property
     def sass(self) -> str:
         """The machine instructions of an NVIDIA GPU, disassembled."""
-        return self.asm["sass"]
+        return str(self.asm["sass"])
 
     @cached_property
     def _resource_usage(self) -> str:
         """NVIDIA's report ``REG:n STACK:n SHARED:n LOCAL:n ...`` on the binary."""
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(self.asm["cubin"])
+            cubin.write_bytes(cast("bytes", self.asm["cubin"]))
             command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def _resource(self, nvidia: str, amd: str) -> int:
         pattern, text = (rf"{nvidia}:(\d+)", self._resource_usage) if "cubin" in self.asm else (amd, self.assembly)
-        return int(re.search(pattern, text).group(1))
+        (number,) = re.findall(pattern, text)[:1]
+        return int(number)
 
     @property
     def registers(self) -> int:
@@ -100,7 +102,7 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
         raise TypeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
     signature: dict[str, str] = {}
     constants: dict[str, object] = {}
-    attributes: dict[tuple[int, ...], list] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for param in kernel.params:
         value = arguments[param.name]
         signature[param.name] = kind = _argument_type(param, value)
@@ -129,4 +131,4 @@ def _argument_type(param: KernelParam, value: object) -> str:
 
 def _is_aligned(param: KernelParam, value: object) -> bool:
     """Whether the compiler may assume that 16 divides the argument."""
-    return isinstance(value, torch.Tensor) or (value % 16 == 0 and not param.do_not_specialize)
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize)

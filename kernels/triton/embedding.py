@@ -106,9 +106,7 @@ def embedding(
     if out.numel() == 0:
         return out
     flat = indices.reshape(-1).contiguous()
-    arguments = launch_arguments(
-        flat, planes, scale, offset, global_scale, group_size, out.view(flat.numel(), embedding_dim)
-    )
+    arguments = launch_arguments(flat, planes, scale, offset, global_scale, group_size, out.view(flat.numel(), embedding_dim))
     grid = (triton.cdiv(flat.numel(), BLOCK_ROWS) * triton.cdiv(embedding_dim, BLOCK_COLUMNS),)
     with torch.cuda.device_of(planes):  # Triton launches on the current device, whatever device the tensors are on
         embedding_kernel[grid](**arguments)

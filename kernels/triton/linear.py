@@ -175,9 +175,7 @@ def linear(
         return out
     config = config or default_config(rows, x.dtype)
     flat = x.reshape(rows, x.size(-1))
-    arguments = launch_arguments(
-        flat, planes, scale, offset, global_scale, bias, group_size, out.view(rows, columns), config
-    )
+    arguments = launch_arguments(flat, planes, scale, offset, global_scale, bias, group_size, out.view(rows, columns), config)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever device the tensors are on
         linear_kernel[grid](**arguments)
