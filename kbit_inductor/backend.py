@@ -44,6 +44,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
     rewritten, context, lowered = capture(gm, example_inputs, config)
     _log_matches(context, lowered)
+    _log_constants(gm)
     if not lowered.slots:
         return inductor(gm, example_inputs, config.mode)
     kept = _kept_arguments(context, len(example_inputs))
@@ -104,6 +105,17 @@ def _log_fallbacks(lowered: Lowered) -> None:
             why = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
             log.warning("%s and perhaps others run on the slow reference kernel. %s", use.weight.name, why)
             return
+
+
+def _log_constants(gm: fx.GraphModule) -> None:
+    """With ``torch._inductor.config.freezing`` Dynamo makes weights constants of the graph, where nothing can be bound to them."""
+    constants = [str(node.target) for node in gm.graph.find_nodes(op="get_attr")]
+    frozen = [name for name in constants if isinstance(tensor := getattr(gm, name, None), torch.Tensor) and tensor.dim() >= 2]
+    if frozen:
+        log.warning(
+            "%d weights stay in float since they are constants of the graph (%s, …); set torch._inductor.config.freezing = False",
+            len(frozen), frozen[0],
+        )  # fmt: skip
 
 
 def _log_frozen(weights: list[GraphWeight]) -> None:

@@ -52,9 +52,13 @@ class Stack(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _no_grad_and_one_thread() -> Iterator[None]:
+    # OpenMP's threads wait for each other by spinning: on a busy machine that takes a hundred times as long as such small models.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 def inputs(rows: int = 4) -> Tensor:
@@ -457,6 +461,7 @@ def test_eight_threads_call_models_of_their_own() -> None:
 
 
 def test_a_child_process_made_by_fork_uses_its_own_weights() -> None:
+    torch.set_num_threads(2)
     model = Block()
     call = compiled(model)
     x = inputs()

@@ -1,8 +1,8 @@
 """Take apart the calls that use a weight, so that every spelling of a product becomes one of a few ATen operators.
 
 ``addmm``, ``einsum``, ``matmul``, ``tensordot``, ``multi_head_attention_forward``, …: each is traced by itself on its fake
-operands, and the ATen nodes take its place when a product is among them. All other nodes stay as Dynamo wrote them, so a graph costs no
-second trace and keeps its gradient and autocast regions.
+operands, and the ATen nodes take its place when a product is among them. All other nodes stay as Dynamo wrote them, so a graph
+costs no second trace and keeps its gradient and autocast regions.
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+"""Every Python snippet of README.md and docs/ runs as it stands.
+
+A snippet that cannot run here is preceded by ``<!-- not run: the reason -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SNIPPET = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+@dataclass(frozen=True)
+class Snippet:
+    page: Path
+    line: int
+    code: str
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
+
+
+def snippets(page: Path) -> list[Snippet]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Snippet(page, text.count("\n", 0, match.start("code")) + 1, match["code"], match["reason"])
+        for match in SNIPPET.finditer(text)
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+ALL = [snippet for page in PAGES for snippet in snippets(page)]
+
+
+def test_every_page_has_snippets() -> None:
+    assert {snippet.page for snippet in ALL} == set(PAGES)
+    fences = sum(page.read_text(encoding="utf-8").count("```python") for page in PAGES)
+    assert len(ALL) == fences
+
+
+@pytest.mark.parametrize("snippet", ALL, ids=lambda snippet: snippet.name)
+def test_snippet_runs(snippet: Snippet) -> None:
+    if snippet.reason is not None:
+        pytest.skip(snippet.reason)
+    torch.manual_seed(0)
+    # Blank lines in front, so that a traceback names the line of the page.
+    code = compile("\n" * (snippet.line - 1) + snippet.code, str(snippet.page), "exec")
+    exec(code, {"__name__": f"snippet_{snippet.line}"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.is_file(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
