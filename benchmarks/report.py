@@ -65,14 +65,15 @@ def notes(results: Results) -> list[str]:
         f"the float weights before packing are in the peak ({start:.0f} MB at the start). While decoding, the kbit rows have freed "
         "their float weights (release_weights=True).",
         f"Perplexity: the first {protocol['text_tokens']} tokens of the WikiText-2 test text in {windows} windows of {window} that "
-        f"do not overlap; each predicts its last {window - 1} tokens, without a start token. So short a text has an error of several "
-        "percent; the rows share it, so they compare.",
+        f"do not overlap; each predicts its last {window - 1} tokens, without a start token. So short a text has an error of "
+        "several percent; the rows share it, so they compare.",
         f"Decode: greedy, batch 1, static KV cache, median of {protocol['new_tokens']} steps.",
         f"First call: compiling for one window, packing included. {way[protocol['compiled']]} Rows share an Inductor cache that "
         "was empty at the start, so a later row may find C++ there that an earlier one compiled. The kernels' own C++ library was "
         f"built before, once per machine: {results['seconds']['kernels']:.1f} s (0 when cached).",
-        "SmolLM2's GGUF file is already rounded to 4 bits (Q4_1), so rows of 5 bits and more show little loss, and that at 4 bits "
-        "says little about a model that is not.",
+        "SmolLM2's GGUF file is already rounded to 4 bits (Q4_1, groups of 32), so rows of 5 bits and more show little loss. At 4 "
+        "bits and below, in groups of 64, its weights are rounded a second time, which says little about a model that was not "
+        "rounded before.",
     ]
 
 

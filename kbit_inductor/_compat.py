@@ -27,6 +27,7 @@ __all__ = [
     "StorageWeakRef",
     "copy_graph",
     "inductor",
+    "is_transformed",
     "no_modes",
     "source_name",
     "storage_id",
@@ -40,6 +41,11 @@ def storage_id(tensor: Tensor) -> int:
     """The address of a tensor's storage object: equal for views of one storage, also for fake tensors."""
     address: int = tensor.untyped_storage()._cdata
     return address
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a torch.func transform's wrapper, which has no storage: of many in ``vmap``, or with a tangent."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def no_modes() -> contextlib.AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kbit_inductor._compat import FakeTensorMode, member_path, source_name, storage_id
+from kbit_inductor._compat import FakeTensorMode, is_transformed, member_path, source_name, storage_id
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.packing import WEIGHT_DTYPES
 from kbit_inductor.views import Strides, WeightView, expanded_batch
@@ -90,7 +90,7 @@ class Context:
 
     def locate_value(self, value: Any) -> tuple[GraphWeight, WeightView, Strides, Strides] | None:
         """As :meth:`locate`, of a fake value."""
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(value, Tensor) or value.layout != torch.strided or is_transformed(value):
             return None
         memory = self.memories.get(storage_id(value))
         if memory is None or memory.value._version > 0 or not _is_static(value):
@@ -99,9 +99,17 @@ class Context:
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether all that ``node`` returns, a tensor or several (``chunk``), are weights or views of them."""
-        value = node.meta.get(VALUE)
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        return bool(values) and all(self.locate_value(item) is not None for item in values)
+        values = tensors_of(node)
+        return bool(values) and all(self.locate_value(value) is not None for value in values)
+
+    def is_inside_transform(self, node: fx.Node) -> bool:
+        """Whether ``node`` computes inside ``vmap`` or another torch.func transform, and if so, note it for its weights."""
+        if not any(is_transformed(tensor) for each in (node, *node.all_input_nodes) for tensor in tensors_of(each)):
+            return False
+        for operand in node.all_input_nodes:
+            if (located := self.locate(operand)) is not None:
+                self.explain(located[0], "used inside a torch.func transform such as vmap")
+        return True
 
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the graph's values belong to."""
@@ -109,12 +117,18 @@ class Context:
         return mode
 
 
+def tensors_of(node: fx.Node) -> list[Tensor]:
+    """The fake tensors that ``node`` returns."""
+    value = node.meta.get(VALUE)
+    return [item for item in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(item, Tensor)]
+
+
 def find_weights(graph: fx.Graph, inputs: Sequence[Any], config: Config) -> list[GraphWeight]:
     """The weights among the inputs of Dynamo's graph: parameters, and buffers of modules, of two or more dimensions."""
     found = []
     for argument, (node, real) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
         value = node.meta.get(VALUE)
-        if not isinstance(value, Tensor) or value.dim() < 2:
+        if not isinstance(value, Tensor) or value.dim() < 2 or not (value.is_floating_point() or value.is_complex()):
             continue
         source = source_name(node) or node.name
         path = member_path(source)

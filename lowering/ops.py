@@ -28,6 +28,15 @@ FAMILIES = {
 GRADIENT_SCHEMA = (
     "(Tensor grad, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, SymInt columns, int group_size) -> Tensor"
 )
+# Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows;
+# errors is float64 [N, 2], squared error and squared norm of every row in units of global_scale.
+PACKING_SCHEMAS = {
+    "quantize_cpu": (
+        "(Tensor weight, float global_scale, int bits, int group_size, bool symmetric, float lowest_shrink, int candidates) "
+        "-> (Tensor codes, Tensor scale, Tensor offset, Tensor errors)"
+    ),
+    "pack_codes_cpu": "(Tensor codes, int bits) -> Tensor planes",
+}
 GRADIENT_CHUNK = 1 << 20  # weight elements dequantized at once for a gradient: 4 MB of float32
 
 
@@ -156,6 +165,8 @@ def _triton_embedding(*operands: Any) -> Tensor:
 
 
 _define_gradient()
+for _name, _schema in PACKING_SCHEMAS.items():
+    torch.library.define(f"kbit::{_name}", _schema)
 for _family, _reference in (("linear", reference.linear), ("embedding", reference.embedding)):
     define(_family)
     torch.library.impl(f"kbit::{_family}", "CompositeExplicitAutograd", _reference)

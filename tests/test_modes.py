@@ -1,5 +1,7 @@
 """The ways in which torch.compile and a model's weights can be set up."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -32,12 +34,10 @@ def test_mode_as_torch_compile_takes_it(mode):
 
 
 def test_mode_as_an_option_and_config_as_options():
-    for options in ({"mode": "max-autotune-no-cudagraphs", "bits": 3}, kbit.Config(bits=3)):
+    for options in ({"mode": "max-autotune-no-cudagraphs", "bits": 3}, dataclasses.asdict(kbit.Config(bits=3))):
         torch._dynamo.reset()
         model = Model()
-        # torch.compile itself takes mappings only, so a Config reaches the backend as a callable's argument.
-        backend = (lambda gm, inputs, config=options: kbit.kbit(gm, inputs, options=config)) if not isinstance(options, dict) else "kbit"
-        compiled = torch.compile(model, backend=backend, options=options if isinstance(options, dict) else None)
+        compiled = torch.compile(model, backend="kbit", options=options)
         assert_compiled_is_right(compiled, model, torch.randn(3, 64))
         assert [packed.config.bits for _, packed in STORE.packed_forms(model.up.weight)] == [3]
 

@@ -237,6 +237,29 @@ def test_max_norm_keeps_an_embedding_in_float():
     assert "max_norm" in layer.reasons[0] or "writes to it" in layer.reasons[0]
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: torch.vmap(lambda row: row @ w)(x),
+        lambda x, w: torch.vmap(lambda a: torch.addmm(a, x[0], w))(x),
+        lambda x, w: torch.func.jvp(lambda a: a @ w, (x,), (x,))[1],
+    ],
+)
+def test_a_product_inside_a_functional_transform_stays_in_float(function, without_inductor):
+    model = Unmatched(nn.Parameter(torch.randn(K, K), requires_grad=False), function)
+    x = torch.randn(3, K, K)
+    with torch.no_grad():
+        (layer,) = kbit.explain(model, x).layers
+        torch.testing.assert_close(torch.compile(model, backend="kbit")(x), model(x))
+    assert "torch.func" in layer.reasons[0]
+
+
+def test_a_product_after_a_functional_transform_is_matched(without_inductor):
+    model = Unmatched(nn.Parameter(torch.randn(K, K), requires_grad=False), lambda x, w: torch.vmap(torch.tanh)(x) @ w)
+    with torch.no_grad():
+        assert kbit.explain(model, torch.randn(3, 5, K)).layers[0].matched
+
+
 def test_a_graph_without_matches_goes_to_inductor_untouched(monkeypatch):
     seen = []
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: seen.append(gm) or gm.forward)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from kbit_inductor._compat import HigherOrderOperator, storage_id, trace
-from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory
+from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, tensors_of
 from kbit_inductor.passes.products import EMBEDDINGS, LINEARS, PRODUCTS
 from kbit_inductor.views import Strides
 
@@ -33,7 +33,7 @@ def expand_weight_calls(context: Context) -> None:
         if node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
             continue
         weights = [located[0] for operand in node.all_input_nodes if (located := context.locate(operand)) is not None]
-        if not weights or context.is_view(node):
+        if not weights or context.is_view(node) or context.is_inside_transform(node):
             continue
         if isinstance(node.target, HigherOrderOperator):
             for weight in weights:
@@ -43,13 +43,10 @@ def expand_weight_calls(context: Context) -> None:
 
 
 def _outputs(node: fx.Node) -> list[Tensor] | None:
-    """The tensors that ``node`` returns; None when they cannot be replaced one by one."""
-    value = node.meta.get(VALUE)
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)) and all(user.target is operator.getitem for user in node.users):
-        return [item for item in value if isinstance(item, Tensor)] or None
-    return None
+    """The tensors that ``node`` returns; None when there are none, or when they cannot be replaced one by one."""
+    if not isinstance(node.meta.get(VALUE), Tensor) and any(user.target is not operator.getitem for user in node.users):
+        return None
+    return tensors_of(node) or None
 
 
 def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None:

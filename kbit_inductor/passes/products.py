@@ -76,7 +76,7 @@ def match_products(context: Context) -> None:
     """Mark every product and look-up whose weight is a parameter, or say why not."""
     for node in list(context.graph.nodes):
         rule = PRODUCTS.get(node.target) or (_embedding if node.target in EMBEDDINGS else None)
-        if node.op != "call_function" or rule is None or not _weights_of(context, node):
+        if node.op != "call_function" or rule is None or not _weights_of(context, node) or context.is_inside_transform(node):
             continue
         with context.graph.inserting_before(node):
             replacement = rule(Rewriter(context, node), *node.args, **node.kwargs)

@@ -27,6 +27,8 @@ import torch
 
 _lock = threading.Lock()
 _SHOWN_LINES = 20
+# Beside the flags of all. Quantizing has to round as PyTorch does, a product before it is added to.
+_UNIT_FLAGS = {"quantize.cpp": ["-ffp-contract=off"]}
 
 
 class CpuBuildError(RuntimeError):
@@ -123,7 +125,7 @@ def _torch_dir() -> Path:
 
 def _cache_key(compiler: list[str], flags: list[str]) -> str:
     digest = hashlib.sha256()
-    for part in (torch.__version__, str(_torch_dir()), *compiler, *flags, str(_macros(compiler, *flags))):
+    for part in (torch.__version__, str(_torch_dir()), *compiler, *flags, str(_UNIT_FLAGS), str(_macros(compiler, *flags))):
         digest.update(part.encode() + b"\0")
     for source in sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -165,7 +167,7 @@ def _build_in(scratch: Path, compiler: list[str], flags: list[str]) -> Path:
     objects = [scratch / f"{unit.stem}.o" for unit in units]
 
     def compile_unit(unit: Path, target: Path) -> None:
-        _run([*compiler, *flags, *include, "-c", str(unit), "-o", str(target)])
+        _run([*compiler, *flags, *_UNIT_FLAGS.get(unit.name, []), *include, "-c", str(unit), "-o", str(target)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_unit, units, objects))

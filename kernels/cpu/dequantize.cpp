@@ -6,20 +6,8 @@
 
 #include "unpack.h"
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 namespace kbit {
 namespace {
-
-inline float to_float(c10::Half value) {
-#ifdef __F16C__
-  return _cvtsh_ss(value.x);  // one instruction; c10's own conversion is a dozen
-#else
-  return static_cast<float>(value);
-#endif
-}
 
 // At 1 bit the symmetric levels are +-scale/2 (midpoint in ../layout.py).
 template <int Bits>

@@ -8,17 +8,10 @@
 
 #include "dequantize.h"
 #include "unpack.h"
+#include "vector.h"
 
 namespace kbit {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 
 // Rows of x and rows of W in one register block; the accumulators must fit the 32 or 16 vector registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -33,18 +26,6 @@ constexpr int64_t kTileColumns = 1024;  // of at most so many columns: 16 KiB of
 constexpr int64_t kBatchBlock = 128;    // rows of x that one dequantized tile serves
 
 constexpr int64_t kGrain = 1 << 15;  // multiply-adds worth handing to another thread
-
-// Vector extensions of GCC and Clang: one source for every instruction set.
-template <int Lanes>
-struct VectorOf {
-  typedef float type __attribute__((vector_size(4 * Lanes)));
-};
-using Vector = VectorOf<kLanes>::type;
-
-inline Vector load(const float* p) {
-  typedef Vector Unaligned __attribute__((aligned(4), may_alias));
-  return *reinterpret_cast<const Unaligned*>(p);
-}
 
 // Adds halves, which is several times faster than what compilers make of a loop over the lanes.
 template <int Lanes>

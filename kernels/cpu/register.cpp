@@ -1,13 +1,16 @@
 // The kbit:: operators on the CPU: checks operands, then calls the kernels. The schemas are defined in Python.
 
 #include <optional>
+#include <tuple>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "embedding.h"
 #include "linear.h"
+#include "quantize.h"
 
 namespace kbit {
 namespace {
@@ -113,11 +116,46 @@ Tensor embedding_cpu(const Tensor& indices, const Tensor& planes, const Tensor& 
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, double global_scale, int64_t bits,
+                                                        int64_t group_size, bool symmetric, double lowest_shrink,
+                                                        int64_t candidates) {
+  TORCH_CHECK(weight.dim() == 2, "weight must be a matrix [N, K], got ", weight.sizes());
+  TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
+  TORCH_CHECK(group_size >= 1, "group_size must be at least 1, got ", group_size);
+  TORCH_CHECK(candidates >= 0 && candidates <= 1000, "candidates must be 0 to 1000, got ", candidates);
+  const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  const int64_t groups = columns / group_size + (columns % group_size != 0);
+  const Tensor source = weight.contiguous();
+  const Tensor codes = at::empty({rows, columns}, source.options().dtype(at::kByte));
+  const Tensor scale = at::empty({rows, groups}, source.options().dtype(at::kHalf));
+  const Tensor offset = at::empty({symmetric ? 0 : rows, groups}, source.options().dtype(at::kHalf));
+  const Tensor errors = at::zeros({rows, 2}, source.options().dtype(at::kDouble));
+  const GridSearch search{static_cast<int>(bits), group_size, symmetric, static_cast<float>(global_scale),
+                          lowest_shrink, static_cast<int>(candidates)};
+  quantize(source.const_data_ptr(), dtype, rows, columns, search,
+           {codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<at::Half>(), offset.mutable_data_ptr<at::Half>(),
+            errors.mutable_data_ptr<double>()});
+  return {codes, scale, offset, errors};
+}
+
+Tensor pack_codes_cpu(const Tensor& codes, int64_t bits) {
+  TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
+  TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
+  const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
+  const int64_t rows = codes.size(0), columns = codes.size(1);
+  const Tensor planes = at::empty({bits, rows, (columns + 7) / 8}, source.options());
+  pack_codes(source.const_data_ptr<uint8_t>(), rows, columns, static_cast<int>(bits), planes.mutable_data_ptr<uint8_t>());
+  return planes;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("linear_cpu", linear_cpu);
   m.impl("embedding_cpu", embedding_cpu);
+  m.impl("quantize_cpu", quantize_cpu);
+  m.impl("pack_codes_cpu", pack_codes_cpu);
 }
 
 }  // namespace kbit

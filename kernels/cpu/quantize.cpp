@@ -1,0 +1,229 @@
+// Every operation rounds as PyTorch's does, so this file is compiled without fused multiply-add (build.py). Sums alone
+// are taken in another order.
+#include "quantize.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "vector.h"
+
+namespace kbit {
+namespace {
+
+constexpr int64_t kGrain = 1 << 12;  // weights worth handing to another thread
+constexpr int64_t kRun = 64;         // terms summed before they join the total, to keep the rounding of long sums small
+
+typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
+
+// One value of each of kLanes groups. With a group per lane no sum crosses lanes, and grids are computed side by side.
+struct alignas(64) Values {
+  float lane[kLanes];
+};
+
+inline Vector splat(float value) { return Vector{} + value; }
+
+// To float16 and back, ties to even; what is past float16's range, or no number, becomes an infinity.
+inline Vector round_to_half(Vector v) {
+  const Bits magnitude = (Bits)v & 0x7fffffff;
+  const Bits sign = (Bits)v ^ magnitude;
+  const Bits normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & ~0x1fff;
+  const Bits subnormal = (Bits)(((Vector)magnitude + 0.5f) - 0.5f);  // multiples of 2**-24, the ulp of 0.5
+  const Bits finite = magnitude < 0x38800000 ? subnormal : normal;   // 2**-14
+  return (Vector)((magnitude < 0x477ff000 ? finite : Bits{} + 0x7f800000) | sign);  // 65520 and up
+}
+
+// A grid for each lane, offset + scale * code, and what encoding on it takes.
+struct Grid {
+  Vector scale, offset, inverse, zero;
+};
+
+// The sum of f(0), ..., f(count - 1).
+template <class F>
+inline Vector sum(int64_t count, F&& f) {
+  Vector total{};
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    const int64_t end = std::min(begin + kRun, count);
+    Vector part{};
+    for (int64_t i = begin; i < end; ++i) part += f(i);
+    total += part;
+  }
+  return total;
+}
+
+// kLanes groups of `width` values and the search for their grids: quantizers/rtn.py and clip.py, line by line.
+class Groups {
+ public:
+  Groups(const Values* values, int64_t width, const GridSearch& search)
+      : values_(values), width_(width), search_(search), top_((1 << search.bits) - 1),
+        midpoint_(search.bits == 1 ? 0.5f : static_cast<float>(1 << (search.bits - 1))) {}
+
+  Vector value(int64_t i) const { return load(values_[i].lane); }
+
+  // Adding 2**23 rounds to an integer, ties to even. Compared as bits, since compilers know the minimum of integers only.
+  Vector encode(int64_t i, const Grid& grid) const {
+    constexpr float kInteger = 1 << 23;
+    const auto first = (Bits)splat(kInteger), last = (Bits)splat(kInteger + top_);
+    auto code = (Bits)(value(i) * grid.inverse + grid.zero + kInteger);
+    code = code > first ? code : first;
+    code = code < last ? code : last;
+    return (Vector)code - kInteger;
+  }
+
+  Vector squared_error(const Grid& grid) const {
+    return sum(width_, [&](int64_t i) {
+      const Vector error = encode(i, grid) * grid.scale + grid.offset - value(i);
+      return error * error;
+    });
+  }
+
+  Vector squared_norm() const {
+    return sum(width_, [&](int64_t i) { return value(i) * value(i); });
+  }
+
+  // The best grid, and its squared error in `error`.
+  Grid find(Vector& error) const {
+    const Grid full = full_range();
+    Grid best = full;
+    error = squared_error(best);
+    for (int step = 1; step < search_.candidates; ++step) {
+      keep_better(shrunk(full, 1 - (1 - search_.lowest_shrink) * step / (search_.candidates - 1)), best, error);
+    }
+    if (search_.candidates > 0) keep_better(least_squares(best), best, error);
+    return best;
+  }
+
+ private:
+  // For a symmetric grid `offset` is not stored but follows from the scale. Its decoded values are exact either way.
+  Grid grid(Vector scale, Vector offset) const {
+    const Vector inverse = scale == 0.0f ? Vector{} : 1.0f / scale;
+    if (search_.symmetric) return {scale, -midpoint_ * scale, inverse, splat(midpoint_)};
+    return {scale, offset, inverse, -offset * inverse};
+  }
+
+  Grid full_range() const {
+    Vector low = value(0), high = low;
+    for (int64_t i = 1; i < width_; ++i) {
+      low = value(i) < low ? value(i) : low;
+      high = value(i) > high ? value(i) : high;
+    }
+    if (!search_.symmetric) return grid(round_to_half((high - low) / top_), round_to_half(low));
+    return grid(round_to_half(-(-low > high ? low : high) / midpoint_), Vector{});
+  }
+
+  Grid shrunk(const Grid& full, double shrink) const {
+    const float narrower = static_cast<float>(shrink);
+    const float inwards = static_cast<float>((1 - shrink) * top_ / 2);
+    return grid(round_to_half(full.scale * narrower), round_to_half(full.offset + full.scale * inwards));
+  }
+
+  Grid least_squares(const Grid& old) const {
+    Vector centre = splat(midpoint_), mean{};
+    if (!search_.symmetric) {
+      centre = sum(width_, [&](int64_t i) { return encode(i, old); }) / static_cast<float>(width_);
+      mean = sum(width_, [&](int64_t i) { return value(i); }) / static_cast<float>(width_);
+    }
+    const Vector spread = sum(width_, [&](int64_t i) {
+      const Vector distance = encode(i, old) - centre;
+      return distance * distance;
+    });
+    const Vector moment = sum(width_, [&](int64_t i) { return (encode(i, old) - centre) * (value(i) - mean); });
+    const Vector fitted = round_to_half(spread > 0.0f ? moment / spread : old.scale);
+    return grid(fitted, round_to_half(mean - fitted * centre));
+  }
+
+  void keep_better(const Grid& candidate, Grid& best, Vector& error) const {
+    const Vector found = squared_error(candidate);
+    const auto wins = found < error;
+    error = wins ? found : error;
+    best.scale = wins ? candidate.scale : best.scale;
+    best.offset = wins ? candidate.offset : best.offset;
+    best.inverse = wins ? candidate.inverse : best.inverse;
+    best.zero = wins ? candidate.zero : best.zero;
+  }
+
+  const Values* values_;
+  int64_t width_;
+  const GridSearch& search_;
+  float top_, midpoint_;
+};
+
+// Where one lane's group lies in the weight.
+struct Place {
+  int64_t row, element, grid;
+};
+
+// Quantizes groups of one width: `per_row` of them from column `first` on, in rows `begin` to `end`.
+template <class T>
+void quantize_groups(const T* weight, int64_t columns, int64_t begin, int64_t end, int64_t first, int64_t per_row,
+                     int64_t width, const GridSearch& search, const QuantizedRows& out) {
+  const int64_t row_grids = (columns + search.group_size - 1) / search.group_size;
+  const int64_t count = (end - begin) * per_row;
+  const float inverse = 1.0f / search.global_scale;  // exact
+  std::vector<Values> values(count ? width : 0);
+  const Groups groups(values.data(), width, search);
+  for (int64_t group = 0; group < count; group += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - group));
+    Place places[kLanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t row = begin + (group + lane) / per_row;
+      const int64_t column = first + (group + lane) % per_row * width;
+      places[lane] = {row, row * columns + column, row * row_grids + column / search.group_size};
+      const T* source = weight + places[lane].element;
+      for (int64_t i = 0; i < width; ++i) values[i].lane[lane] = to_float(source[i]) * inverse;
+    }  // lanes past the last group hold zeros or an earlier group, and are not read
+
+    Vector error;
+    const Grid grid = groups.find(error);
+    const Vector norm = groups.squared_norm();
+    for (int64_t i = 0; i < width; ++i) store(values[i].lane, groups.encode(i, grid));
+
+    for (int lane = 0; lane < lanes; ++lane) {
+      const Place& place = places[lane];
+      uint8_t* codes = out.codes + place.element;
+      for (int64_t i = 0; i < width; ++i) codes[i] = static_cast<uint8_t>(static_cast<int>(values[i].lane[lane]));
+      out.scale[place.grid] = grid.scale[lane];
+      if (!search.symmetric) out.offset[place.grid] = grid.offset[lane];
+      out.errors[2 * place.row] += error[lane];
+      out.errors[2 * place.row + 1] += norm[lane];
+    }
+  }
+}
+
+}  // namespace
+
+void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, const GridSearch& search,
+              const QuantizedRows& out) {
+  const int64_t whole = columns / search.group_size, rest = columns % search.group_size;
+  with_type(dtype, [&](auto* type) {
+    const auto* values = static_cast<decltype(type)>(const_cast<void*>(weight));
+    at::parallel_for(0, rows, kGrain / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
+      quantize_groups(values, columns, begin, end, 0, whole, search.group_size, search, out);
+      quantize_groups(values, columns, begin, end, columns - rest, rest ? 1 : 0, rest, search, out);
+    });
+  });
+}
+
+void pack_codes(const uint8_t* codes, int64_t rows, int64_t columns, int bits, uint8_t* planes) {
+  const int64_t width = (columns + 7) / 8;
+  at::parallel_for(0, rows, kGrain / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t byte = 0; byte < width; ++byte) {
+        const uint8_t* source = codes + row * columns + 8 * byte;
+        const int64_t count = std::min<int64_t>(8, columns - 8 * byte);
+        uint64_t eight = 0;
+        for (int64_t i = 0; i < count; ++i) eight |= static_cast<uint64_t>(source[i]) << (8 * i);
+        for (int plane = 0; plane < bits; ++plane) {
+          const uint64_t ones = (eight >> (bits - 1 - plane)) & 0x0101010101010101;
+          // The product moves bit 8 i to bit 56 + i, and nothing else to the top byte.
+          planes[(plane * rows + row) * width + byte] = static_cast<uint8_t>((ones * 0x0102040810204080) >> 56);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace kbit
