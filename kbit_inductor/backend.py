@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from kbit_inductor import logs
 from kbit_inductor._compat import copy_graph, inductor
-from kbit_inductor.capture import Context, GraphWeight, begin, find_weights
+from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
-from kbit_inductor.errors import KbitError
+from kbit_inductor.errors import KbitError, ReleasedWeightError
 from kbit_inductor.overrides import check_overrides
 from kbit_inductor.passes import pipeline
 from kbit_inductor.passes.lower import Lowered
+from kbit_inductor.release import MEND, is_released
 from kbit_inductor.store import STORE, Slot
 
 log = logs.logger("capture")
@@ -43,13 +44,15 @@ def kbit(
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
     """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
     rewritten, context, lowered = capture(gm, example_inputs, config)
-    _log_matches(context, lowered)
+    _log_matches(context, lowered, example_inputs)
     _log_constants(gm)
-    if not lowered.slots:
-        return inductor(gm, example_inputs, config.mode)
     kept = _kept_arguments(context, len(example_inputs))
+    floats = tuple((weight.argument, weight.name) for weight in context.weights if weight.argument in kept)
+    if not lowered.slots:
+        inner = inductor(gm, example_inputs, config.mode)
+        return _guarded(inner, floats)
     inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *lowered.values], config.mode)
-    return _bound(inner, kept, tuple(lowered.slots))
+    return _guarded(_bound(inner, kept, tuple(lowered.slots)), floats)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[fx.GraphModule, Context, Lowered]:
@@ -80,6 +83,20 @@ def _bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> C
     return call
 
 
+def _guarded(compiled: Compiled, floats: tuple[tuple[int, str], ...]) -> Compiled:
+    """``compiled``, which reads the weights ``floats``, given as position and name, as floats: they must be there."""
+
+    def call(*arguments: Any) -> Any:
+        for position, name in floats:
+            if is_released(arguments[position]):
+                raise ReleasedWeightError(
+                    f"this graph reads the float weight of layer {name!r}, freed by release_weights=True; {MEND}"
+                )
+        return compiled(*arguments)
+
+    return call if floats else compiled
+
+
 def raiser(error: KbitError) -> Compiled:
     """A callable that raises ``error`` when it is called."""
 
@@ -89,14 +106,15 @@ def raiser(error: KbitError) -> Compiled:
     return call
 
 
-def _log_matches(context: Context, lowered: Lowered) -> None:
+def _log_matches(context: Context, lowered: Lowered, inputs: Sequence[Any]) -> None:
     log.info("matched %d products and look-ups on %d packed weights", len(context.uses), len(lowered.slots))
     for use, choice in lowered.choices:
         log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
     for name, reasons in context.reasons.items():
         log.info("%s stays in float: %s", name, "; ".join(reasons))
     _log_fallbacks(lowered)
-    _log_frozen([use.weight for use in context.uses])
+    if torch.is_grad_enabled():
+        _log_frozen({slot.name: inputs[slot.argument] for slot in lowered.slots})
 
 
 def _log_fallbacks(lowered: Lowered) -> None:
@@ -118,9 +136,9 @@ def _log_constants(gm: fx.GraphModule) -> None:
         )  # fmt: skip
 
 
-def _log_frozen(weights: list[GraphWeight]) -> None:
-    frozen = sorted({weight.name for weight in weights if weight.node.meta["example_value"].requires_grad})
-    if frozen and torch.is_grad_enabled():
+def _log_frozen(weights: Mapping[str, Tensor]) -> None:
+    frozen = STORE.newly_frozen(weights)
+    if frozen:
         log.warning(
             "packed weights are frozen: %s require grad and get none (%d layers); call requires_grad_(False) on them, or skip them",
             frozen[0] + (" and others" if len(frozen) > 1 else ""), len(frozen),

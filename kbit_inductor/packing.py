@@ -11,7 +11,8 @@ from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width
+from kbit_inductor.kernels.layout import group_count, packed_width
+from kbit_inductor.lowering.quantize import pack_codes
 from kbit_inductor.quantizers import QUANTIZERS
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

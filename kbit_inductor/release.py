@@ -8,6 +8,7 @@ gone. Whatever would read that memory raises :class:`ReleasedWeightError` instea
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import weakref
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbit_inductor._compat import is_compiled_function
+from kbit_inductor._compat import is_compiled_function, storage_id
 from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 
@@ -31,39 +32,75 @@ def is_released(weight: Tensor) -> bool:
 
 
 def release(weights: Mapping[Tensor, str]) -> None:
-    """Free the memory of ``weights`` (parameter to layer name) and guard the modules that own them."""
-    fresh = {weight: name for weight, name in weights.items() if not is_released(weight)}
-    if not fresh:
-        return
-    for module in _owners(fresh):
-        _guard_module(module)
+    """Free the memory of ``weights`` (parameter to layer name) and guard the modules that own them.
+
+    Memory that cannot be freed alone stays, and the log says so: memory shared with another tensor, or mapped from a file.
+    """
+    owners = list(_modules_with_tensors()) if any(not is_released(weight) for weight in weights) else []
     freed = 0
-    for weight, name in fresh.items():
-        freed += weight.untyped_storage().nbytes()
+    for weight, name in weights.items():
+        if is_released(weight):
+            continue
+        obstacle = _obstacle(weight, owners)
+        if obstacle:
+            log.warning("the float weight of %s is not released: %s", name, obstacle)
+            continue
+        for module, tensors in owners:
+            if any(tensor is weight for tensor in tensors):
+                _guard_module(module)
         _guard_tensor(weight, name)
+        freed += weight.untyped_storage().nbytes()
         weight.untyped_storage().resize_(0)
-    log.info("released %d float weights, %d bytes", len(fresh), freed)
+    if freed:
+        _trim_heap()
+        log.info("released float weights of %d bytes", freed)
 
 
 def give_memory(weight: Tensor) -> None:
     """Give a released weight uninitialized memory, to be filled by the caller."""
-    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    weight.untyped_storage().resize_(int(weight.storage_offset() + last + 1) * weight.element_size())
+    weight.untyped_storage().resize_(_extent(weight))
     for attribute in ("__reduce_ex__", "__deepcopy__"):
         weight.__dict__.pop(attribute, None)
 
 
-def _owners(weights: Mapping[Tensor, str]) -> Iterator[nn.Module]:
-    """Modules that hold one of ``weights``. A graph knows its parameters but not the modules around them; the heap does."""
-    wanted = {id(weight) for weight in weights}
+def _extent(weight: Tensor) -> int:
+    """Bytes from the start of its storage to the end of the last element of ``weight``."""
+    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return int(weight.storage_offset() + last + 1) * weight.element_size()
+
+
+def _modules_with_tensors() -> Iterator[tuple[nn.Module, list[Tensor]]]:
+    """Every module and the tensors it holds. A graph knows its parameters but not the modules around them; the heap does."""
     for candidate in gc.get_objects():
         if issubclass(type(candidate), nn.Module):
-            tensors = [
-                *candidate.__dict__.get("_parameters", {}).values(),
-                *candidate.__dict__.get("_buffers", {}).values(),
-            ]
-            if any(id(tensor) in wanted for tensor in tensors):
-                yield candidate
+            held = [*candidate.__dict__.get("_parameters", {}).values(), *candidate.__dict__.get("_buffers", {}).values()]
+            tensors = [tensor for tensor in held if isinstance(tensor, Tensor)]
+            if tensors:
+                yield candidate, tensors
+
+
+def _obstacle(weight: Tensor, owners: list[tuple[nn.Module, list[Tensor]]]) -> str:
+    storage = weight.untyped_storage()
+    if not storage.resizable():
+        return "its memory is not torch's own (mapped from a file, or of another library)"
+    if storage.nbytes() != weight.numel() * weight.element_size():
+        return "it is a part of a larger tensor"
+    for _, tensors in owners:
+        if any(_shares_memory(weight, tensor) for tensor in tensors):
+            return "another parameter or buffer shares its memory"
+    return ""
+
+
+def _shares_memory(weight: Tensor, other: Tensor) -> bool:
+    has_memory = type(other) in (Tensor, nn.Parameter, nn.Buffer)  # not a lazy parameter, nor a subclass of its own kind
+    return other is not weight and has_memory and other.layout == torch.strided and storage_id(weight) == storage_id(other)
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system. glibc keeps it otherwise, and the resident size does not fall."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _released_names(module: nn.Module) -> list[str]:
@@ -100,10 +137,13 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         _refuse(module, "eager call")
 
 
-def _before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+def _before_load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any) -> None:
     for name in _released_names(module):
-        if prefix + name in state_dict:
-            give_memory(getattr(module, name))
+        weight, loaded = getattr(module, name), state_dict.get(prefix + name)
+        # Memory is given only to what will fill it: a tensor of another shape is refused, an assigned one brings its own.
+        assigned = metadata.get("assign_to_params_buffers", False)
+        if isinstance(loaded, Tensor) and loaded.shape == weight.shape and not assigned:
+            give_memory(weight)
 
 
 def _guarded_apply(weak: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
@@ -114,13 +154,24 @@ def _guarded_apply(weak: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> n
     return converted
 
 
-def _guarded_state(weak: weakref.ref[nn.Module]) -> dict[str, Any]:
+def _guarded_state(weak: weakref.ref[nn.Module]) -> Any:
+    """The state of a module to be pickled or copied: what its class says, without the guards."""
     module = weak()
     assert module is not None  # it is being pickled or copied
     _refuse(module, "copy or pickling")
-    state = dict(module.__dict__)
-    del state["_apply"], state["__getstate__"]
-    return state
+    of_class = getattr(type(module), "__getstate__", None)
+    state = of_class(module) if of_class is not None else module.__dict__
+    if not isinstance(state, dict):
+        return state
+    return {name: _without_guards(value) for name, value in state.items() if name not in ("_apply", "__getstate__")}
+
+
+def _without_guards(value: Any) -> Any:
+    """``value``, or a copy without this module's hooks where it is a table of hooks that has any."""
+    guards = (_before_state_dict, _before_load, _before_forward)
+    if not isinstance(value, dict) or not any(getattr(hook, "hook", hook) in guards for hook in value.values()):
+        return value
+    return type(value)((key, hook) for key, hook in value.items() if getattr(hook, "hook", hook) not in guards)
 
 
 def _guard_tensor(weight: Tensor, name: str) -> None:

@@ -14,10 +14,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
 from kbit_inductor.config import LayerConfig
@@ -26,7 +27,7 @@ from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import PackingProgress
 from kbit_inductor.release import is_released, release
-from kbit_inductor.views import WeightView
+from kbit_inductor.views import Strides, WeightView
 
 log = logger("pack")
 REPACKS_BEFORE_WARNING = 3
@@ -50,12 +51,18 @@ class Entry:
     parameter: weakref.ref[Tensor]
     version: int
     storage: StorageWeakRef
+    layout: Strides
     packed: dict[tuple[WeightView, LayerConfig], PackedWeight] = field(default_factory=dict)
     repacks: int = 0
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` is the parameter and unchanged since."""
-        return self.parameter() is weight and self.version == _version(weight) and self.storage.cdata == storage_id(weight)
+        return (
+            self.parameter() is weight
+            and self.version == _version(weight)
+            and self.storage.cdata == storage_id(weight)
+            and self.layout == Strides.of(weight)
+        )
 
 
 class PackedWeights:
@@ -64,6 +71,7 @@ class PackedWeights:
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
         self._lock = threading.RLock()
+        self._told_frozen = WeakIdKeyDictionary()
 
     def renew_lock(self) -> None:
         """Forget who holds the lock: the child of a fork may inherit it held by a thread that it does not have."""
@@ -126,7 +134,8 @@ class PackedWeights:
             return old
         repacks = old.repacks + 1 if old is not None and old.parameter() is weight else 0
         storage = StorageWeakRef(weight.untyped_storage())
-        entry = Entry(weakref.ref(weight, self._forget(key)), _version(weight), storage, repacks=repacks)
+        reference = weakref.ref(weight, self._forget(key))
+        entry = Entry(reference, _version(weight), storage, Strides.of(weight), repacks=repacks)
         self._entries[key] = entry
         if repacks:
             log.info("%s has changed since it was packed; packing it again", slot.name)
@@ -153,6 +162,12 @@ class PackedWeights:
         if entry is None or not entry.is_of(weight):
             return []
         return [(view, packed) for (view, _), packed in entry.packed.items()]
+
+    def newly_frozen(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """The names of those of ``weights`` that require grad, which they will not get, and were not named before."""
+        names = [name for name, weight in weights.items() if weight.requires_grad and weight not in self._told_frozen]
+        self._told_frozen.update((weights[name], True) for name in names)
+        return names
 
     def nbytes(self) -> int:
         """Bytes of all packed weights that are alive."""

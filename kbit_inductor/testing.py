@@ -35,6 +35,7 @@ def dequantized_copy(model: nn.Module) -> nn.Module:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """``‖actual - expected‖ / ‖expected‖`` in float64, or the norm of ``actual`` where ``expected`` is zero."""
-    difference = (actual.double() - expected.double()).norm()
-    norm = expected.double().norm()
+    exact = expected.detach().double()
+    difference = (actual.detach().double() - exact).norm()
+    norm = exact.norm()
     return float(difference / norm if norm > 0 else difference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,17 @@ class WeightView:
     def then(self, memory: Strides, window: Strides) -> WeightView:
         """This view, laid out as ``memory`` and seen through ``window``."""
         return self if memory == window else WeightView((*self.chain, (memory, window)))
+
+
+def covers(views: Iterable[WeightView], memory: Strides) -> bool:
+    """Whether ``views`` together hold every element of a weight that lies in memory as ``memory`` says."""
+    views = list(views)
+    if WeightView() in views:
+        return True
+    seen = torch.empty_strided(memory.size, memory.stride, dtype=torch.bool).fill_(False)
+    for view in views:
+        view.assign(seen, torch.ones_like(view.apply(seen)))
+    return bool(seen.all())
 
 
 def _laid_out(tensor: Tensor, memory: Strides) -> Tensor:

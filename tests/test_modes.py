@@ -1,7 +1,5 @@
 """The ways in which torch.compile and a model's weights can be set up."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -34,7 +32,7 @@ def test_mode_as_torch_compile_takes_it(mode):
 
 
 def test_mode_as_an_option_and_config_as_options():
-    for options in ({"mode": "max-autotune-no-cudagraphs", "bits": 3}, dataclasses.asdict(kbit.Config(bits=3))):
+    for options in ({"mode": "max-autotune-no-cudagraphs", "bits": 3}, kbit.Config(bits=3)):
         torch._dynamo.reset()
         model = Model()
         compiled = torch.compile(model, backend="kbit", options=options)

@@ -8,10 +8,23 @@ from strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
+from kbit_inductor.lowering import registry
 from kbit_inductor.packing import operand_specs, pack
 from kbit_inductor.quantizers import QUANTIZERS, clip, rtn
 
 NAMES = st.sampled_from(sorted(QUANTIZERS))
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "pytorch"])
+def _form(request):
+    """Every property holds for both forms; tests/test_cpu_kernels.py compares one with the other."""
+    if request.param == "compiled":
+        assert registry._cpu_library_problem() is None
+        yield
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(registry, "_cpu_library_problem", lambda: "not in this test")
+            yield
 
 
 @given(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from kbit_inductor.capture import Context
+from kbit_inductor._compat import no_modes
+from kbit_inductor.capture import Context, GraphWeight
 from kbit_inductor.passes.lower import Lowered
+from kbit_inductor.views import Strides, covers
 
 
 def drop_unused_weights(context: Context, lowered: Lowered) -> None:
@@ -28,4 +30,12 @@ def drop_unused_weights(context: Context, lowered: Lowered) -> None:
         else:
             context.graph.erase_node(weight.node)
     if context.config.release_weights:
+        read |= {weight.argument for weight in context.weights if weight.argument in packed and not _is_covered(weight, lowered)}
         lowered.slots[:] = [dataclasses.replace(slot, may_release=slot.argument not in read) for slot in lowered.slots]
+
+
+def _is_covered(weight: GraphWeight, lowered: Lowered) -> bool:
+    """Whether the packed matrices hold all of ``weight``, so that it can be restored from them."""
+    views = {slot.view for slot in lowered.slots if slot.argument == weight.argument}
+    with no_modes():
+        return covers(views, dataclasses.replace(Strides.of(weight.value), offset=0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kbit_inductor.kernels.layout import midpoint
-from kbit_inductor.quantizers.grid import Quantized, decode, encode, quantize_groups, round_to_half
+from kbit_inductor.quantizers.grid import Method, Quantized, decode, encode, quantize_groups, round_to_half
 from kbit_inductor.quantizers.rtn import full_range
 
 CANDIDATES = 24
@@ -20,7 +20,7 @@ LOWEST_SHRINK = {1: 0.2, 2: 0.4, 3: 0.55, 4: 0.65, 5: 0.75, 6: 0.85, 7: 0.9, 8: 
 
 def clip(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` with a clip search per group."""
-    return quantize_groups(weight, bits, group_size, symmetric, search)
+    return quantize_groups(weight, bits, group_size, symmetric, Method(search, CANDIDATES, LOWEST_SHRINK[bits]))
 
 
 def search(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

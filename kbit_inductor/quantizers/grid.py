@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kbit_inductor.kernels.layout import group_count, midpoint
+from kbit_inductor.lowering.quantize import quantize_operator
 
 CHUNK_ELEMENTS = 1 << 18  # elements worked on at once: 1 MB of float32, so that a search stays in the L2 cache
 
@@ -38,8 +39,36 @@ FindGrid = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 """``(groups [R, g] float32, bits, symmetric) -> (scale [R], offset [R] or None)``, both rounded to float16, as float32."""
 
 
-def quantize_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool, find_grid: FindGrid) -> Quantized:
-    """Quantize ``weight`` ``[N, K]`` of any floating dtype, a few rows at a time, with one grid per group of columns."""
+@dataclass(frozen=True)
+class Method:
+    """How the grid of a group is found: a PyTorch function, which defines it, and its parameters for the compiled form.
+
+    Attributes:
+        find_grid: the function.
+        candidates: grids tried before the least-squares refit, the full range among them; 0 for the full range as it is.
+        lowest_shrink: width of the narrowest candidate, relative to the full range.
+    """
+
+    find_grid: FindGrid
+    candidates: int = 0
+    lowest_shrink: float = 1.0
+
+
+def quantize_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool, method: Method) -> Quantized:
+    """Quantize ``weight`` ``[N, K]`` of any floating dtype, with one grid per group of columns."""
+    compiled = quantize_operator(weight)
+    if compiled is None:
+        return _quantize_in_pytorch(weight, bits, group_size, symmetric, method.find_grid)
+    global_scale = _global_scale(weight)
+    codes, scale, offset, errors = compiled(
+        weight, float(global_scale), bits, group_size, symmetric, method.lowest_shrink, method.candidates
+    )
+    squared_error, squared_norm = errors.sum(dim=0).tolist()
+    return Quantized(codes, scale, None if symmetric else offset, global_scale, _ratio(squared_error, squared_norm))
+
+
+def _quantize_in_pytorch(weight: Tensor, bits: int, group_size: int, symmetric: bool, find_grid: FindGrid) -> Quantized:
+    """A few rows at a time."""
     rows, columns = weight.shape
     result = _empty(rows, columns, group_size, symmetric, weight)
     squared_error = squared_norm = 0.0
@@ -55,7 +84,11 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool,
                 groups = values[:, first:end].reshape(-1, width)
                 grids = slice(first // group_size, -(-end // group_size))
                 squared_error += _fill(result, part, slice(first, end), grids, groups, bits, find_grid)
-    return dataclasses.replace(result, error=squared_error / squared_norm if squared_norm else 0.0)
+    return dataclasses.replace(result, error=_ratio(squared_error, squared_norm))
+
+
+def _ratio(squared_error: float, squared_norm: float) -> float:
+    return squared_error / squared_norm if squared_norm else 0.0
 
 
 def _empty(rows: int, columns: int, group_size: int, symmetric: bool, weight: Tensor) -> Quantized:
@@ -98,6 +131,6 @@ def round_to_half(values: Tensor) -> Tensor:
 
 def _global_scale(weight: Tensor) -> Tensor:
     """The power of two by which ``weight`` is divided to bring its largest magnitude near ``2 ** 14``, well inside float16."""
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    largest = max(float(end.abs()) for end in weight.aminmax()) if weight.numel() else 0.0
     exponent = max(-126, min(126, math.frexp(largest)[1] - 14)) if largest else 0
     return torch.tensor([math.ldexp(1.0, exponent)], dtype=torch.float32, device=weight.device)

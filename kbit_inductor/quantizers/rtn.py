@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbit_inductor.quantizers.grid import Quantized, quantize_groups, round_to_half
+from kbit_inductor.quantizers.grid import Method, Quantized, quantize_groups, round_to_half
 
 
 def rtn(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` by rounding to nearest."""
-    return quantize_groups(weight, bits, group_size, symmetric, full_range)
+    return quantize_groups(weight, bits, group_size, symmetric, Method(full_range))
 
 
 def full_range(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
