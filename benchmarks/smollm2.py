@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers has bars that its own switch does not reach
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -176,8 +176,10 @@ def _reports(
     context: Context, lowered: Lowered, weights: Mapping[int, Tensor]
 ) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
     for slot in lowered.slots:
-        uses = [(use, choice) for use, choice in lowered.choices if (use.weight.argument, use.view) == (slot.argument, slot.view)]
-        yield (id(weights[slot.argument]), slot.view), _matched_report(context, slot, uses, weights[slot.argument])
+        uses = [
+            (use, choice) for use, choice in lowered.choices if (use.weight.argument, use.view) == (slot.argument, slot.form.view)
+        ]
+        yield (id(weights[slot.argument]), slot.form.view), _matched_report(context, slot, uses, weights[slot.argument])
     packed = {slot.argument for slot in lowered.slots}
     for weight in context.weights:
         if weight.argument not in packed:
@@ -189,7 +191,7 @@ def _reports(
 
 
 def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
-    packed = STORE.find(weight, slot) or pack(slot.view.apply(weight.detach()), slot.config, slot.name)
+    packed = STORE.find(weight, slot) or pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name)
     first = uses[0][0]
     return LayerReport(
         name=slot.name,
@@ -197,7 +199,7 @@ def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tenso
         matched=True,
         reasons=tuple(context.reasons.get(slot.name, ())),
         uses=tuple(use.family for use, _ in uses),
-        config=slot.config,
+        config=slot.form.config,
         bytes_before=first.rows * first.columns * weight.element_size(),
         bytes_after=packed.nbytes,
         error=packed.error,

@@ -10,6 +10,7 @@ inference mode, since torch counts no versions there.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -27,10 +28,25 @@ from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import PackingProgress
 from kbit_inductor.release import is_released, release
-from kbit_inductor.views import Strides, WeightView
+from kbit_inductor.views import WeightView
 
 log = logger("pack")
 REPACKS_BEFORE_WARNING = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """Which part of a weight is packed, and how. Made by :func:`form`, so that equal forms are one object: every call looks up a
+    form for each of its weights, and identity is quick to hash."""
+
+    view: WeightView
+    config: LayerConfig
+
+
+@functools.cache
+def form(view: WeightView, config: LayerConfig) -> Form:
+    """The one form of this view and config."""
+    return Form(view, config)
 
 
 @dataclass(frozen=True)
@@ -39,8 +55,7 @@ class Slot:
 
     argument: int
     name: str
-    view: WeightView
-    config: LayerConfig
+    form: Form
     may_release: bool = False
 
 
@@ -49,19 +64,19 @@ class Entry:
     """What was packed from one parameter, and the state the parameter was in."""
 
     parameter: weakref.ref[Tensor]
-    version: int
+    version: int | None
     storage: StorageWeakRef
-    layout: Strides
-    packed: dict[tuple[WeightView, LayerConfig], PackedWeight] = field(default_factory=dict)
+    layout: tuple[tuple[int, ...], tuple[int, ...], int]
+    packed: dict[Form, PackedWeight] = field(default_factory=dict)
     repacks: int = 0
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` is the parameter and unchanged since."""
         return (
             self.parameter() is weight
-            and self.version == _version(weight)
+            and (self.version is None or self.version == weight._version)
             and self.storage.cdata == storage_id(weight)
-            and self.layout == Strides.of(weight)
+            and self.layout == (weight.shape, weight.stride(), weight.storage_offset())
         )
 
 
@@ -82,7 +97,7 @@ class PackedWeights:
         entry = self._entries.get(id(weight))
         if entry is None or not entry.is_of(weight):
             return None
-        return entry.packed.get((slot.view, slot.config))
+        return entry.packed.get(slot.form)
 
     def operands(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[Tensor]:
         """The operands of all ``slots`` in order, packing what is missing or has changed."""
@@ -112,17 +127,17 @@ class PackedWeights:
                 return found
             if is_released(weight):
                 raise ReleasedWeightError(
-                    f"layer {slot.name!r} needs another packed form ({slot.config}), but its float weight was freed by "
+                    f"layer {slot.name!r} needs another packed form ({slot.form.config}), but its float weight was freed by "
                     "release_weights=True; load the weights again first, or compile without release_weights"
                 )
             entry = self._current_entry(weight, slot)
             start = time.perf_counter()
             with no_modes():
-                packed = pack(slot.view.apply(weight.detach()), slot.config, slot.name)
-            entry.packed[slot.view, slot.config] = packed
+                packed = pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name)
+            entry.packed[slot.form] = packed
             log.info(
                 "packed %s: %d bits, %d bytes, relative error %.3g, %.3f s",
-                slot.name, slot.config.bits, packed.nbytes, packed.error, time.perf_counter() - start,
+                slot.name, slot.form.config.bits, packed.nbytes, packed.error, time.perf_counter() - start,
             )  # fmt: skip
             return packed
 
@@ -135,7 +150,9 @@ class PackedWeights:
         repacks = old.repacks + 1 if old is not None and old.parameter() is weight else 0
         storage = StorageWeakRef(weight.untyped_storage())
         reference = weakref.ref(weight, self._forget(key))
-        entry = Entry(reference, _version(weight), storage, Strides.of(weight), repacks=repacks)
+        version = None if weight.is_inference() else weight._version  # inference tensors count no changes
+        layout = (weight.shape, weight.stride(), int(weight.storage_offset()))
+        entry = Entry(reference, version, storage, layout, repacks=repacks)
         self._entries[key] = entry
         if repacks:
             log.info("%s has changed since it was packed; packing it again", slot.name)
@@ -161,7 +178,7 @@ class PackedWeights:
         entry = self._entries.get(id(weight))
         if entry is None or not entry.is_of(weight):
             return []
-        return [(view, packed) for (view, _), packed in entry.packed.items()]
+        return [(packed_form.view, packed) for packed_form, packed in entry.packed.items()]
 
     def newly_frozen(self, weights: Mapping[str, Tensor]) -> list[str]:
         """The names of those of ``weights`` that require grad, which they will not get, and were not named before."""
@@ -172,11 +189,6 @@ class PackedWeights:
     def nbytes(self) -> int:
         """Bytes of all packed weights that are alive."""
         return sum(packed.nbytes for entry in list(self._entries.values()) for packed in entry.packed.values())
-
-
-def _version(weight: Tensor) -> int:
-    """The count of in-place changes; 0 for inference tensors, which have none."""
-    return 0 if weight.is_inference() else weight._version
 
 
 STORE = PackedWeights()

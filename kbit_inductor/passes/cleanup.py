@@ -36,6 +36,6 @@ def drop_unused_weights(context: Context, lowered: Lowered) -> None:
 
 def _is_covered(weight: GraphWeight, lowered: Lowered) -> bool:
     """Whether the packed matrices hold all of ``weight``, so that it can be restored from them."""
-    views = {slot.view for slot in lowered.slots if slot.argument == weight.argument}
+    views = {slot.form.view for slot in lowered.slots if slot.argument == weight.argument}
     with no_modes():
         return covers(views, dataclasses.replace(Strides.of(weight.value), offset=0))

@@ -13,7 +13,7 @@ from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.lowering.registry import Choice, Problem, choose
 from kbit_inductor.packing import operand_specs
-from kbit_inductor.store import Slot
+from kbit_inductor.store import Slot, form
 from kbit_inductor.views import WeightView
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def _config(use: Use) -> LayerConfig:
 def _add_inputs(context: Context, use: Use, lowered: Lowered) -> list[fx.Node]:
     """New placeholders, after all others, for the operands of a packed weight."""
     layer = _config(use)
-    lowered.slots.append(Slot(use.weight.argument, use.weight.name, use.view, layer))
+    lowered.slots.append(Slot(use.weight.argument, use.weight.name, form(use.view, layer)))
     nodes = []
     for position, (shape, dtype) in enumerate(operand_specs(use.rows, use.columns, layer)):
         with context.fake_mode():
