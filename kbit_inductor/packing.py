@@ -62,8 +62,8 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight") -> PackedWe
     if weight.dim() != 2:
         raise UnsupportedShapeError(f"layer {layer!r} has a weight of shape {tuple(weight.shape)}; give a matrix [N, K]")
     with no_modes():
-        bad = int(weight.numel() - torch.isfinite(weight).sum())
-        if bad:
+        if not _is_finite(weight):
+            bad = int(weight.numel() - torch.isfinite(weight).sum())
             raise NonFiniteWeightError(
                 f"layer {layer!r} has a weight with {bad} values that are NaN or infinite; mend the checkpoint, or leave "
                 f"the layer in float with skip=[{layer!r}]"
@@ -75,6 +75,11 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight") -> PackedWe
         offset = () if quantized.offset is None else (quantized.offset,)
         operands = (planes, quantized.scale, *offset, quantized.global_scale)
         return PackedWeight(operands, config, columns, quantized.error)
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether all values are finite: the extremes carry any NaN or infinity, and need one pass."""
+    return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())
 
 
 def operand_specs(rows: int, columns: int, config: LayerConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
