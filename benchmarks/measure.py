@@ -101,8 +101,9 @@ class Layer(nn.Module):
         self.cache = cache
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        for name in {"cache", "past_key_values"} & arguments.keys():  # the name depends on the release of transformers
-            arguments[name] = self.cache
+        for name in ("cache", "past_key_values"):  # the name depends on the release of transformers
+            if arguments.get(name) is not None:
+                arguments[name] = self.cache
         out: Tensor = self.layer(hidden, **arguments)
         return out
 

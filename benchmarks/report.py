@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from rich import box
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -16,14 +17,14 @@ from matplotlib.axes import Axes
 
 Results = dict[str, Any]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-COLUMNS = ("", "weights", "bits per weight", "peak memory", "while decoding", "perplexity", "decode", "first call")
-UNITS = ("", "MB", "", "MB", "MB", "", "tokens/s", "s")
+COLUMNS = ("", "weights", "per weight", "peak", "decoding", "perplexity", "decode", "first call")
+UNITS = ("", "MB", "bits", "MB", "MB", "", "tok/s", "s")
 BLUE, RED, GREY = "#2a5db0", "#c2452d", "#777777"
 
 
 def name(variant: str) -> str:
     """The variant as the table shows it."""
-    return {"eager": "eager, float32", "inductor": "Inductor, float32"}.get(variant, f"kbit, {variant} bits")
+    return {"eager": "float32 eager", "inductor": "float32 Inductor"}.get(variant, f"kbit {variant} bits")
 
 
 def cells(row: Results) -> list[str]:
@@ -34,17 +35,23 @@ def cells(row: Results) -> list[str]:
         f"{8 * row['weight_bytes'] / row['parameters']:.2f}",
         f"{row['peak_bytes'] / 1e6:.0f}",
         f"{row['decode_bytes'] / 1e6:.0f}",
-        f"{row['perplexity']:.2f}",
+        _rounded(row["perplexity"]),
         f"{row['tokens_per_second']:.1f}",
         f"{row['first_call']:.1f}",
     ]
 
 
+def _rounded(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+
+
 def table(results: Results) -> Table:
     """The rows as a rich table."""
-    drawn = Table(title=f"{results['model']}, {results['machine']['cpu']}, {results['machine']['threads']} threads")
+    title = f"{results['model']}, {results['machine']['cpu']}, {results['machine']['threads']} threads"
+    drawn = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for title, unit in zip(COLUMNS, UNITS, strict=True):
-        drawn.add_column(f"{title}\n{unit}".strip(), justify="right" if title else "left")
+        header = f"{title}\n{unit}".replace(" ", "\n").strip()
+        drawn.add_column(header, justify="right" if title else "left", no_wrap=True)
     for row in results["rows"]:
         drawn.add_row(*cells(row))
     return drawn
@@ -61,9 +68,9 @@ def notes(results: Results) -> list[str]:
     }
     return [
         "Weights: packed operands, scales included, and whatever stays in float; the tied head and embedding count once.",
-        "Memory: resident memory of a process of its own for each row, from the loaded model on. Python, torch, the compiler and "
-        f"the float weights before packing are in the peak ({start:.0f} MB at the start). While decoding, the kbit rows have freed "
-        "their float weights (release_weights=True).",
+        "Peak and decoding: resident memory of a process of its own for each row, from the loaded model on. Python, torch, the "
+        f"compiler and the float weights before packing are in the peak ({start:.0f} MB at the start). While decoding, the kbit "
+        "rows have freed their float weights (release_weights=True).",
         f"Perplexity: the first {protocol['text_tokens']} tokens of the WikiText-2 test text in {windows} windows of {window} that "
         f"do not overlap; each predicts its last {window - 1} tokens, without a start token. So short a text has an error of "
         "several percent; the rows share it, so they compare.",
@@ -71,9 +78,8 @@ def notes(results: Results) -> list[str]:
         f"First call: compiling for one window, packing included. {way[protocol['compiled']]} Rows share an Inductor cache that "
         "was empty at the start, so a later row may find C++ there that an earlier one compiled. The kernels' own C++ library was "
         f"built before, once per machine: {results['seconds']['kernels']:.1f} s (0 when cached).",
-        "SmolLM2's GGUF file is already rounded to 4 bits (Q4_1, groups of 32), so rows of 5 bits and more show little loss. At 4 "
-        "bits and below, in groups of 64, its weights are rounded a second time, which says little about a model that was not "
-        "rounded before.",
+        "SmolLM2's GGUF file is already rounded to 4 bits (Q4_1, groups of 32), so the float32 rows are a 4-bit model. The "
+        "kbit rows round it once more, on grids of their own: they say little about how a model that was not rounded before fares.",
     ]
 
 
@@ -90,7 +96,7 @@ def write_picture(results: Results, folder: Path) -> Path:
     floats = [row for row in results["rows"] if not row["variant"].isdigit()]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     bits = [int(row["variant"]) for row in rows]
-    _curve(left, bits, [row["perplexity"] for row in rows], BLUE, "{:.1f}")
+    _curve(left, bits, [row["perplexity"] for row in rows])
     _bars(right, bits, [row["weight_bytes"] / 1e6 for row in rows])
     if floats:
         _level(left, floats[0]["perplexity"], f"float32: {floats[0]['perplexity']:.1f}")
@@ -109,11 +115,11 @@ def write_picture(results: Results, folder: Path) -> Path:
     return path
 
 
-def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], color: str, form: str) -> None:
-    axes.plot(x, y, "o-", color=color)
+def _curve(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    axes.plot(x, y, "o-", color=BLUE)
     for at, value in zip(x, y, strict=True):
-        axes.annotate(form.format(value), (at, value), (0, 7), textcoords="offset points", ha="center", color=color)
-    axes.margins(0.08, 0.15)
+        axes.annotate(_rounded(value), (at, value), (4, 6), textcoords="offset points", color=BLUE)
+    axes.margins(0.12, 0.15)
 
 
 def _bars(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
@@ -122,7 +128,9 @@ def _bars(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
 
 def _level(axes: Axes, value: float, text: str) -> None:
     axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-    axes.annotate(text, (1, value), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=GREY)
+    axes.annotate(
+        text, (1, value), (0, -13), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=GREY
+    )
 
 
 def markdown(results: Results) -> str:
