@@ -19,6 +19,7 @@ class PackingProgress:
         self._done = 0
         self._start = time.monotonic()
         self._bar: Progress | None = None
+        self._console = Console(stderr=True)
 
     def __enter__(self) -> PackingProgress:
         return self
@@ -26,10 +27,10 @@ class PackingProgress:
     def advance(self, layer: str) -> None:
         """Count one weight, of ``layer``, as packed."""
         self._done += 1
-        if self._bar is None and time.monotonic() - self._start > PATIENCE:
+        if self._bar is None and self._console.is_terminal and time.monotonic() - self._start > PATIENCE:
             text = TextColumn("packing weights"), TextColumn("{task.description}")
             columns = (text[0], BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text[1])
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.add_task(layer, total=self._total)
             self._bar.start()
         if self._bar is not None:

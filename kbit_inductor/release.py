@@ -12,13 +12,13 @@ import ctypes
 import functools
 import gc
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kbit_inductor._compat import is_compiled_function, storage_id
+from kbit_inductor._compat import is_compiled_function
 from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 
@@ -31,69 +31,55 @@ def is_released(weight: Tensor) -> bool:
     return weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
 
 
-def release(weights: Mapping[Tensor, str]) -> None:
-    """Free the memory of ``weights`` (parameter to layer name) and guard the modules that own them.
+class Owners:
+    """The modules around parameters. A graph knows its parameters but not the modules that hold them; the heap does."""
 
-    Memory that cannot be freed alone stays, and the log says so: memory shared with another tensor, or mapped from a file.
+    def __init__(self) -> None:
+        self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def of(self, weights: Iterable[Tensor]) -> list[nn.Module]:
+        """The modules that hold one of ``weights``. The heap is searched only when those known from before hold not all."""
+        wanted = {id(weight) for weight in weights}
+        if not wanted <= self._held_by_known():
+            self._known.update(obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module))
+        return [module for module in self._known if any(id(tensor) in wanted for tensor in _held(module))]
+
+    def _held_by_known(self) -> set[int]:
+        return {id(tensor) for module in self._known for tensor in _held(module)}
+
+
+def release(weights: Mapping[Tensor, str], owners: Owners) -> list[Tensor]:
+    """Free the memory of ``weights`` (parameter to layer name), guard the modules that own them, and return those freed now.
+
+    A weight lets go of its storage and gets an empty one. So memory that others share, a file's mapping among them, is freed when
+    the last of them lets go, and nobody else's tensor changes.
     """
-    owners = list(_modules_with_tensors()) if any(not is_released(weight) for weight in weights) else []
-    freed = 0
-    for weight, name in weights.items():
-        if is_released(weight):
-            continue
-        obstacle = _obstacle(weight, owners)
-        if obstacle:
-            log.warning("the float weight of %s is not released: %s", name, obstacle)
-            continue
-        for module, tensors in owners:
-            if any(tensor is weight for tensor in tensors):
-                _guard_module(module)
+    fresh = {weight: name for weight, name in weights.items() if not is_released(weight)}
+    if not fresh:
+        return []
+    for module in owners.of(fresh):
+        _guard_module(module)
+    for weight, name in fresh.items():
         _guard_tensor(weight, name)
-        freed += weight.untyped_storage().nbytes()
+        weight.data = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
         weight.untyped_storage().resize_(0)
-    if freed:
-        _trim_heap()
-        log.info("released float weights of %d bytes", freed)
+    _trim_heap()
+    log.info("released %d float weights", len(fresh))
+    return list(fresh)
 
 
 def give_memory(weight: Tensor) -> None:
     """Give a released weight uninitialized memory, to be filled by the caller."""
-    weight.untyped_storage().resize_(_extent(weight))
+    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    weight.untyped_storage().resize_((last + 1) * weight.element_size())
     for attribute in ("__reduce_ex__", "__deepcopy__"):
         weight.__dict__.pop(attribute, None)
 
 
-def _extent(weight: Tensor) -> int:
-    """Bytes from the start of its storage to the end of the last element of ``weight``."""
-    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    return int(weight.storage_offset() + last + 1) * weight.element_size()
-
-
-def _modules_with_tensors() -> Iterator[tuple[nn.Module, list[Tensor]]]:
-    """Every module and the tensors it holds. A graph knows its parameters but not the modules around them; the heap does."""
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), nn.Module):
-            held = [*candidate.__dict__.get("_parameters", {}).values(), *candidate.__dict__.get("_buffers", {}).values()]
-            tensors = [tensor for tensor in held if isinstance(tensor, Tensor)]
-            if tensors:
-                yield candidate, tensors
-
-
-def _obstacle(weight: Tensor, owners: list[tuple[nn.Module, list[Tensor]]]) -> str:
-    storage = weight.untyped_storage()
-    if not storage.resizable():
-        return "its memory is not torch's own (mapped from a file, or of another library)"
-    if storage.nbytes() != weight.numel() * weight.element_size():
-        return "it is a part of a larger tensor"
-    for _, tensors in owners:
-        if any(_shares_memory(weight, tensor) for tensor in tensors):
-            return "another parameter or buffer shares its memory"
-    return ""
-
-
-def _shares_memory(weight: Tensor, other: Tensor) -> bool:
-    has_memory = type(other) in (Tensor, nn.Parameter, nn.Buffer)  # not a lazy parameter, nor a subclass of its own kind
-    return other is not weight and has_memory and other.layout == torch.strided and storage_id(weight) == storage_id(other)
+def _held(module: nn.Module) -> list[Tensor]:
+    """The tensors that ``module`` itself holds."""
+    tables = (module.__dict__.get("_parameters", {}), module.__dict__.get("_buffers", {}))
+    return [tensor for table in tables for tensor in table.values() if isinstance(tensor, Tensor)]
 
 
 def _trim_heap() -> None:

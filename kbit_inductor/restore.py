@@ -17,6 +17,8 @@ from kbit_inductor.views import Strides, covers
 def restore_(model: nn.Module) -> nn.Module:
     """Fill every float weight of ``model`` that ``release_weights=True`` has freed with its dequantized values, and return it.
 
+    The packed forms stay valid: compiled calls give what they gave before.
+
     A weight that is packed more than once is restored from the form with the most bits.
 
     Raises:
@@ -31,5 +33,5 @@ def restore_(model: nn.Module) -> nn.Module:
         give_memory(weight)
         for view, packed in sorted(forms, key=lambda form: form[1].config.bits):
             view.assign(weight.data, packed.dequantize())
-        weight.add_(0)  # raises the version, so that the next compiled call packs what is here now
+        STORE.accept(weight)
     return model

@@ -27,11 +27,12 @@ from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import PackingProgress
-from kbit_inductor.release import is_released, release
+from kbit_inductor.release import Owners, is_released, release
 from kbit_inductor.views import WeightView
 
 log = logger("pack")
 REPACKS_BEFORE_WARNING = 3
+Layout = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class Entry:
     parameter: weakref.ref[Tensor]
     version: int | None
     storage: StorageWeakRef
-    layout: tuple[tuple[int, ...], tuple[int, ...], int]
+    layout: Layout
     packed: dict[Form, PackedWeight] = field(default_factory=dict)
     repacks: int = 0
 
@@ -87,6 +88,7 @@ class PackedWeights:
         self._entries: dict[int, Entry] = {}
         self._lock = threading.RLock()
         self._told_frozen = WeakIdKeyDictionary()
+        self._owners = Owners()
 
     def renew_lock(self) -> None:
         """Forget who holds the lock: the child of a fork may inherit it held by a thread that it does not have."""
@@ -112,7 +114,9 @@ class PackedWeights:
             for slot in slots:
                 packed.append(self.pack(arguments[slot.argument], slot))
                 progress.advance(slot.name)
-            release({arguments[slot.argument]: slot.name for slot in slots if slot.may_release})
+            releasable = {arguments[slot.argument]: slot.name for slot in slots if slot.may_release}
+            for weight in release(releasable, self._owners):
+                self.accept(weight)
             return packed
 
     def pack(self, weight: Tensor, slot: Slot) -> PackedWeight:
@@ -148,11 +152,7 @@ class PackedWeights:
         if old is not None and old.is_of(weight):
             return old
         repacks = old.repacks + 1 if old is not None and old.parameter() is weight else 0
-        storage = StorageWeakRef(weight.untyped_storage())
-        reference = weakref.ref(weight, self._forget(key))
-        version = None if weight.is_inference() else weight._version  # inference tensors count no changes
-        layout = (weight.shape, weight.stride(), int(weight.storage_offset()))
-        entry = Entry(reference, version, storage, layout, repacks=repacks)
+        entry = Entry(weakref.ref(weight, self._forget(key)), *_state(weight), repacks=repacks)
         self._entries[key] = entry
         if repacks:
             log.info("%s has changed since it was packed; packing it again", slot.name)
@@ -173,6 +173,11 @@ class PackedWeights:
 
         return forget
 
+    def accept(self, weight: Tensor) -> None:
+        """Take the packed forms of ``weight`` for those of its present state: its memory was freed, or filled from them."""
+        entry = self._entries[id(weight)]
+        entry.version, entry.storage, entry.layout = _state(weight)
+
     def packed_forms(self, weight: Tensor) -> list[tuple[WeightView, PackedWeight]]:
         """The matrices of ``weight`` that are packed as it is now."""
         entry = self._entries.get(id(weight))
@@ -189,6 +194,13 @@ class PackedWeights:
     def nbytes(self) -> int:
         """Bytes of all packed weights that are alive."""
         return sum(packed.nbytes for entry in list(self._entries.values()) for packed in entry.packed.values())
+
+
+def _state(weight: Tensor) -> tuple[int | None, StorageWeakRef, Layout]:
+    """What tells one state of a weight from another: its count of changes (inference tensors have none), storage and layout."""
+    version = None if weight.is_inference() else weight._version
+    layout = (weight.shape, weight.stride(), int(weight.storage_offset()))
+    return version, StorageWeakRef(weight.untyped_storage()), layout
 
 
 STORE = PackedWeights()
