@@ -128,3 +128,19 @@ def test_kbit_is_not_served_to_plain_inductor(tmp_path: Path) -> None:
     kbit, plain = fresh_process(tmp_path, KBIT, PLAIN)
     assert_packed(kbit)
     assert_float(plain)
+
+
+def test_a_graph_that_calls_methods_on_products_can_be_cached_by_aotautograd() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = torch.nn.Embedding(40, 64), torch.nn.Linear(64, 64)
+
+        def forward(self, indices: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.table(indices).transpose(0, 1)).view(-1, 4, 16).relu()
+
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    counters.clear()
+    with torch.no_grad(), torch._functorch.config.patch(strict_autograd_cache=True):  # a graph it cannot cache is an error
+        torch.compile(Model(), backend="kbit")(torch.arange(8).view(2, 4))
+    assert counters["autograd_cache_saved"] == 1

@@ -81,6 +81,8 @@ def match_products(context: Context) -> None:
         with context.graph.inserting_before(node):
             replacement = rule(Rewriter(context, node), *node.args, **node.kwargs)
         if replacement is not None:
+            # AOTAutograd caches no graph in which a method is called on a node without a value.
+            replacement.meta[VALUE] = node.meta[VALUE]
             node.replace_all_uses_with(replacement)
             context.graph.erase_node(node)
 
