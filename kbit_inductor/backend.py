@@ -20,6 +20,7 @@ from kbit_inductor.release import MEND, is_released
 from kbit_inductor.store import STORE, Slot
 
 log = logs.logger("capture")
+kernel_log = logs.logger("kernels")
 Compiled = Callable[..., Any]
 
 
@@ -34,8 +35,8 @@ def kbit(
 
     A mistake in the options is raised by the returned callable, since Dynamo would wrap an error raised here in one of its own.
     """
-    logs.configure()
     try:
+        logs.configure()
         return compile_graph(gm, example_inputs, Config.from_options(options, mode))
     except KbitError as error:
         return raiser(error)
@@ -109,7 +110,7 @@ def raiser(error: KbitError) -> Compiled:
 def _log_matches(context: Context, lowered: Lowered, inputs: Sequence[Any]) -> None:
     log.info("matched %d products and look-ups on %d packed weights", len(context.uses), len(lowered.slots))
     for use, choice in lowered.choices:
-        log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
+        kernel_log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
     for name, reasons in context.reasons.items():
         log.info("%s stays in float: %s", name, "; ".join(reasons))
     _log_fallbacks(lowered)
@@ -121,7 +122,7 @@ def _log_fallbacks(lowered: Lowered) -> None:
     for use, choice in lowered.choices:
         if choice.kernel.name == "reference":
             why = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
-            log.warning("%s and perhaps others run on the slow reference kernel. %s", use.weight.name, why)
+            kernel_log.warning("%s and perhaps others run on the slow reference kernel. %s", use.weight.name, why)
             return
 
 

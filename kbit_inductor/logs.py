@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 
+from kbit_inductor.errors import InvalidOptionError
+
 TOPICS = ("capture", "pack", "kernels", "release")
 _LEVELS = {"+": logging.DEBUG, "": logging.INFO, "-": logging.ERROR}
 
@@ -22,14 +24,14 @@ def parse(setting: str) -> dict[str, int]:
     """``"+capture,pack"`` as ``{"capture": DEBUG, "pack": INFO}``.
 
     Raises:
-        ValueError: a topic that does not exist.
+        InvalidOptionError: a topic that does not exist.
     """
     levels: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in setting.split(","))):
         sign = item[0] if item[0] in "+-" else ""
         topic = item.removeprefix(sign)
         if topic not in (*TOPICS, "all"):
-            raise ValueError(f"KBIT_LOGS: unknown topic {topic!r}; known topics: {', '.join(TOPICS)}, all")
+            raise InvalidOptionError(f"KBIT_LOGS: unknown topic {topic!r}; known topics: {', '.join(TOPICS)}, all")
         levels |= dict.fromkeys(TOPICS if topic == "all" else (topic,), _LEVELS[sign])
     return levels
 

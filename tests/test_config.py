@@ -102,5 +102,26 @@ def test_log_settings():
     }
     assert logs.parse("all") == dict.fromkeys(logs.TOPICS, logging.INFO)
     assert logs.parse("") == {}
-    with pytest.raises(ValueError, match=r"'captur'.*known topics"):
+    with pytest.raises(kbit.InvalidOptionError, match=r"'captur'.*known topics"):
         logs.parse("captur")
+
+
+def test_a_mistake_in_the_log_setting_is_our_own_error(monkeypatch):
+    monkeypatch.setenv("KBIT_LOGS", "captur")
+    with torch.no_grad(), pytest.raises(kbit.InvalidOptionError, match="KBIT_LOGS"):
+        torch.compile(TwoLayers(), backend="kbit")(torch.randn(2, 64))
+
+
+def test_chosen_topics_are_printed(capsys):
+    import logging
+
+    root = logging.getLogger("kbit_inductor")
+    try:
+        logs.configure("pack")
+        logs.logger("pack").info("packed something")
+        logs.logger("capture").info("captured something")
+        assert "packed something" in capsys.readouterr().err
+    finally:
+        logs.logger("pack").setLevel(logging.NOTSET)
+        root.handlers.clear()
+        root.propagate = True
