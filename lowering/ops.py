@@ -9,12 +9,16 @@ Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing els
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbit_inductor.kernels import reference
+
+Operator = Callable[..., Any]
+"""An overload of an operator, ``torch.ops.kbit.linear.default`` for one."""
 
 FAMILIES = {
     "linear": (
@@ -40,7 +44,7 @@ PACKING_SCHEMAS = {
 GRADIENT_CHUNK = 1 << 20  # weight elements dequantized at once for a gradient: 4 MB of float32
 
 
-def define(family: str, suffix: str = "") -> torch._ops.OpOverload:
+def define(family: str, suffix: str = "") -> Operator:
     """Define the operator ``kbit::{family}{suffix}`` with the schema, fake and derivative of its family."""
     name = f"kbit::{family}{suffix}"
     torch.library.define(name, FAMILIES[family], tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,9 +56,9 @@ def define(family: str, suffix: str = "") -> torch._ops.OpOverload:
     return overload(family, suffix)
 
 
-def overload(family: str, suffix: str = "") -> torch._ops.OpOverload:
+def overload(family: str, suffix: str = "") -> Operator:
     """The callable of ``kbit::{family}{suffix}``."""
-    found: torch._ops.OpOverload = getattr(torch.ops.kbit, family + suffix).default
+    found: Operator = getattr(torch.ops.kbit, family + suffix).default
     return found
 
 

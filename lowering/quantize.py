@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch._ops import OpOverload
 
 from kbit_inductor.kernels import layout
 from kbit_inductor.lowering import ops, registry
 
 
-def quantize_operator(weight: Tensor) -> OpOverload | None:
+def quantize_operator(weight: Tensor) -> ops.Operator | None:
     """``kbit::quantize_cpu`` if it can quantize ``weight``, else None: PyTorch then computes what defines it."""
     takes = weight.device.type == "cpu" and weight.dtype in registry.FLOATS
     return ops.overload("quantize", "_cpu") if takes and _is_compiled() else None

@@ -71,7 +71,7 @@ class Choice:
     kernel: Kernel
     rejected: tuple[tuple[str, str], ...]
 
-    def overload(self, family: str) -> torch._ops.OpOverload:
+    def overload(self, family: str) -> ops.Operator:
         """The operator that calls the kernel."""
         return ops.overload(family, self.kernel.suffix)
 

@@ -30,3 +30,13 @@ def _fresh_torch() -> Iterator[None]:
     yield
     # What a test compiled holds its model, packed weights and all.
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_thread_without_grad() -> Iterator[None]:
+    # OpenMP's threads wait for each other by spinning: on a busy machine that takes a hundred times as long as such small models.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)

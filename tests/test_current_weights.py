@@ -13,7 +13,7 @@ import multiprocessing
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -28,6 +28,8 @@ from kbit_inductor.testing import dequantized_copy, relative_error
 WIDTH = 64
 HIDDEN = 128
 EIGHT = {"bits": 8}
+
+pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 
 
 class Block(nn.Module):
@@ -49,16 +51,6 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
-
-
-@pytest.fixture(autouse=True)
-def _no_grad_and_one_thread() -> Iterator[None]:
-    # OpenMP's threads wait for each other by spinning: on a busy machine that takes a hundred times as long as such small models.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 def inputs(rows: int = 4) -> Tensor:

@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +33,8 @@ ROUNDING = 2 * 2 * HIDDEN**1.5 * 2.0**-24
 # 8 bits round weights of Linear's uniform initialization on (−a, a) by a/255, and a/√3 is their root mean square: 0.7 % for each
 # of two products. Normally distributed ones have groups of 64 that span 2.5 times as much.
 QUANTIZED = 0.04
+
+pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 
 
 class Block(nn.Module):
@@ -65,16 +67,6 @@ class Owner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad_and_one_thread() -> Iterator[None]:
-    # OpenMP's threads wait for each other by spinning: on a busy machine that takes a hundred times as long as such small models.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 def inputs(rows: int = 4) -> Tensor:

@@ -17,7 +17,7 @@ from kbit_inductor.capture import VALUE, Context, GraphWeight, Use
 from kbit_inductor.views import Strides, WeightView, first_matrix, transposed
 
 aten = torch.ops.aten
-LINEARS = (functional.linear, torch._C._nn.linear, aten.linear.default)
+LINEARS = (functional.linear, aten.linear.default)
 EMBEDDINGS = (functional.embedding,)
 SPELLED = (
     *LINEARS,
