@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import InputType
@@ -33,6 +34,7 @@ __all__ = [
     "mark_static_input",
     "member_path",
     "no_modes",
+    "no_size_asserts",
     "source_name",
     "storage_id",
     "trace",
@@ -55,6 +57,11 @@ def is_transformed(tensor: Tensor) -> bool:
 def no_modes() -> contextlib.AbstractContextManager[Any]:
     """Leave every dispatch mode, so that real tensors can be worked on while a graph is being compiled."""
     return _disable_current_modes()
+
+
+def no_size_asserts() -> contextlib.AbstractContextManager[Any]:
+    """Compile without a check of each input's size and strides at each call, for callers that vouch for them."""
+    return cast("contextlib.AbstractContextManager[Any]", inductor_config.patch(size_asserts=False))
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> Callable[..., Any]:

@@ -37,3 +37,43 @@ class ReleasedWeightError(KbitError, RuntimeError):
 
 class ModelCallError(KbitError, RuntimeError):
     """A model that cannot be explained because its float forward pass fails on the given inputs."""
+
+
+class NotACausalLMError(KbitError, TypeError):
+    """A model for :class:`kbit_inductor.Generator` that is no causal language model of transformers with a head."""
+
+
+class UncapturableModelError(KbitError, RuntimeError):
+    """A model that cannot be compiled as one graph for every length of the text before."""
+
+
+class TrainingModeError(KbitError, RuntimeError):
+    """Generating with a model in training mode."""
+
+
+class InvalidPromptError(KbitError, ValueError):
+    """A prompt of the wrong shape, dtype or batch size, or with tokens outside of the vocabulary."""
+
+
+class EmptyPromptError(KbitError, ValueError):
+    """A prompt without a token."""
+
+
+class PromptTooLongError(KbitError, ValueError):
+    """A prompt that leaves no room for a new token."""
+
+
+class InvalidPaddingError(KbitError, ValueError):
+    """An ``attention_mask`` that does not say how many tokens on the left of each row are padding."""
+
+
+class TooManyTokensError(KbitError, ValueError):
+    """More new tokens than the generator has room for, or fewer than one."""
+
+
+class InvalidSamplingError(KbitError, ValueError):
+    """A value that ``temperature``, ``top_k``, ``top_p``, ``seed`` or ``eos_token_id`` does not take."""
+
+
+class InterruptedStreamError(KbitError, RuntimeError):
+    """Asking a stream for more after its generator has begun another text."""

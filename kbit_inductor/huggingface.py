@@ -1,0 +1,154 @@
+"""What a causal language model of transformers is given so that a step touches no more of the cache than it needs.
+
+The cache is static: tensors of a fixed length, written in place. But a step reads only the part that is filled, a view whose size
+is a symbol in the graph. So attention needs no mask where nothing is padded, and its cost grows with the text, not with the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from kbit_inductor.errors import NotACausalLMError
+
+NAME = "kbit_generator"  # of the attention below, in transformers' tables
+Buffers = list[tuple[Tensor, Tensor]]
+
+
+class Slots(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer, filled up to ``start``: what follows is written there, and only what is filled is read."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.start = start
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write ``[batch, heads, new, size]`` states; returns those of all tokens until now."""
+        end = self.start + key_states.shape[2]
+        self.keys[:, :, self.start : end] = key_states
+        self.values[:, :, self.start : end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the tensors are there from the start."""
+
+    def get_seq_length(self) -> int:
+        """How many tokens are filled."""
+        return self.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys ``query_length`` new tokens will see, and the position of the first."""
+        return self.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        """How many tokens there is room for."""
+        return self.keys.shape[2]
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of ``[batch, heads, new, size]`` queries, as transformers calls it.
+
+    For a single token, the heads that share keys are rows of one product. So keys are not repeated for each head.
+    """
+    batch, heads, new, _ = query.shape
+    special = any(options.get(name) is not None for name in ("softcap", "position_bias"))
+    if new > 1 or special:
+        done: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return done
+    shared = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
+    attended = nn.functional.scaled_dot_product_attention(
+        shared, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return attended.reshape(batch, 1, heads, -1), None
+
+
+def mask(**options: Any) -> Tensor | None:
+    """The mask of :func:`attention`, or None where it is nothing but causal, so that all that is filled is attended to."""
+    if options.get("attention_mask") is None and options["mask_function"] is causal_mask_function:
+        return None
+    made: Tensor | None = sdpa_mask(**options | {"allow_is_causal_skip": False})
+    return made
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model`` use :func:`attention`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def check(model: Any) -> None:
+    """Raise NotACausalLMError where ``model`` cannot generate text token by token."""
+    what = "give a causal language model of transformers, as AutoModelForCausalLM.from_pretrained(…) returns"
+    if not isinstance(model, PreTrainedModel):
+        raise NotACausalLMError(f"the model is a {type(model).__name__}; {what}")
+    if model.config.is_encoder_decoder:
+        raise NotACausalLMError(f"{type(model).__name__} has an encoder, so it does not continue a prompt; {what}")
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise NotACausalLMError(f"{type(model).__name__} has no head that predicts tokens; {what}")
+    if not model._supports_sdpa:
+        raise NotACausalLMError(f"{type(model).__name__} has an attention of its own, without torch's SDPA; use model.generate")
+
+
+def text_config(model: Any) -> Any:
+    """The sizes of ``model``, or of its part that writes text."""
+    return model.config.get_text_config(decoder=True)
+
+
+def empty_cache(model: PreTrainedModel, batch: int, length: int) -> Buffers:
+    """Keys and values of each layer, ``[batch, key heads, length, head size]`` in the model's dtype."""
+    config = text_config(model)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = (batch, getattr(config, "num_key_value_heads", None) or heads, length, size)
+    zeros = functools.partial(torch.zeros, shape, dtype=model.dtype, device=model.device)
+    return [(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What this release of transformers calls the cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def last_logits(model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tensor, padding: Tensor, start: int) -> Tensor:
+    """The logits ``[batch, vocabulary]`` that follow ``[batch, new]`` tokens ``ids``, which begin at ``start``.
+
+    ``padding``, ``[batch]``, is how many tokens at the left of each row are none. A single row has none.
+    """
+    positions = torch.arange(ids.shape[1], device=ids.device)[None] + start
+    unpadded = None
+    if ids.shape[0] > 1:
+        positions = (positions - padding[:, None]).clamp(min=0)
+        unpadded = torch.arange(start + ids.shape[1], device=ids.device)[None] >= padding[:, None]
+    layers = Cache(layers=[Slots(keys, values, start) for keys, values in buffers])
+    output = model(
+        input_ids=ids, attention_mask=unpadded, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache: layers}
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
