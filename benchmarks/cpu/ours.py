@@ -1,0 +1,64 @@
+"""Our own contenders: the compiled module, as users have it, and the operator that its graph calls."""
+
+from __future__ import annotations
+
+import types
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cpu.contender import Contender, Copy
+from cpu.timing import Call
+from kbit_inductor import LayerConfig
+from kbit_inductor.kernels.cpu import build
+from kbit_inductor.packing import pack
+from kbit_inductor.store import STORE
+
+GROUP = 128
+ACTIVATION_BITS = 8  # what the compiled module takes on a CPU by default
+
+
+def operator_copy(bits: int, weight: Tensor) -> Copy:
+    """A packed copy of ``weight [N, K]``: the one place that knows the operator and its operands."""
+    packed = pack(weight, LayerConfig(bits=bits, group_size=GROUP), layout="tiled")
+    (operand,) = packed.operands
+    linear = torch.ops.kbit.linear_cpu.default
+    return Copy(packed.nbytes, lambda x: partial(linear, x, operand, None, weight.size(0), ACTIVATION_BITS))
+
+
+def _operator(bits: int, weight: Tensor) -> partial[Copy]:
+    build.load()
+    # Each copy is packed anew, not cloned: the packed memory is allocated in a way of its own.
+    return partial(operator_copy, bits, weight)
+
+
+def _compiled(bits: int, weight: Tensor) -> partial[Copy]:
+    # Dynamo keeps what it compiled with a function's code and tries the entries in order. With a code object for each contender,
+    # none pays for the graphs of the others. It has to seem of this file: torch's own code is compiled through one wrapper for all.
+    code = nn.Linear.forward.__code__.replace(co_filename=__file__)
+    forward = types.FunctionType(code, nn.Linear.forward.__globals__)
+    kind = type("Layer", (nn.Linear,), {"forward": forward})
+    return partial(_compiled_copy, kind, bits, weight)
+
+
+def _compiled_copy(kind: type[nn.Linear], bits: int, weight: Tensor) -> Copy:
+    layer = nn.utils.skip_init(kind, weight.size(1), weight.size(0), bias=False).requires_grad_(False)
+    layer.weight.copy_(weight)
+    options = {"bits": bits, "group_size": GROUP, "min_elements": 0, "release_weights": True}
+    module = torch.compile(layer, backend="kbit", options=options, dynamic=False)
+    module(weight.new_zeros(1, weight.size(1)))  # packs
+    if not (forms := STORE.packed_forms(layer.weight)):
+        raise RuntimeError("the layer was not packed")
+    return Copy(sum(form.nbytes for _, form in forms), partial(_warm, module))
+
+
+def _warm(module: nn.Module, x: Tensor) -> Call:
+    module(x)  # compiles for this number of rows
+    return partial(module, x)
+
+
+def contenders(bits: range = range(1, 9)) -> list[Contender]:
+    """The operator and the compiled module at each number of bits."""
+    ways = {"kbit operator": _operator, "kbit": _compiled}
+    return [Contender(f"{name} {k}", k, partial(way, k), name) for name, way in ways.items() for k in reversed(bits)]

@@ -1,0 +1,197 @@
+"""The results as tables: one form for the terminal, one for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from cpu.ceilings import bandwidth
+from cpu.layers import compare, fastest
+
+Results = dict[str, Any]
+BEGIN, END = "<!-- bench-cpu: begin -->", "<!-- bench-cpu: end -->"
+PICTURES = {"cpu-layers.png": "Time of a layer against bits", "cpu-decode.png": "What a decoded token's time goes into"}
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of strings; the first column is text, the others figures. ``notes`` are sentences to stand under it."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default=())
+
+
+def grids(results: Results) -> list[Grid]:
+    """All tables of the parts that were measured."""
+    parts = {"ceilings": _ceilings, "layers": _layers, "smollm2": _models, "minilm": _minilm, "breakdown": _breakdown}
+    return [grid for part, make in parts.items() if part in results for grid in make(results)]
+
+
+def drawn(grid: Grid) -> Table:
+    """A table for the terminal."""
+    table = Table(title=grid.title, box=box.SIMPLE, pad_edge=False, title_justify="left")
+    for number, head in enumerate(grid.head):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(grid: Grid) -> str:
+    """A table for a document."""
+    lines = [grid.head, ["---"] + ["---:"] * (len(grid.head) - 1), *grid.rows]
+    notes = [f"* {note}" for note in grid.notes]
+    return "\n".join([f"**{grid.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), "", *notes]).rstrip()
+
+
+def write(results: Results, document: Path) -> None:
+    """Replace what stands between the two markers in ``document``."""
+    text = document.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{document.name} has no lines {BEGIN} and {END}")
+    pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if (document.parent / name).exists()]
+    blocks = [_machine(results), *pictures, *map(markdown, grids(results))]
+    document.write_text(f"{before}{BEGIN}\n" + "\n\n".join(blocks) + f"\n{END}{after}", encoding="utf-8")
+
+
+def _machine(results: Results) -> str:
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"Measured on {machine['cpu']}, {machine['threads']} threads; {versions}."
+
+
+def _ceilings(results: Results) -> Iterator[Grid]:
+    found = results["ceilings"]
+    rows = [[f"reading, {kind} pages", f"{value / 1e9:.1f} GB/s"] for kind, value in found["read_bandwidth"].items()]
+    rows += [[f"{kind} products", f"{value / 1e9:.0f} GOP/s"] for kind, value in found["peaks"].items()]
+    yield Grid("What the machine allows", ("", "median"), rows, _reasons(found["missing"].items()))
+
+
+def _layers(results: Results) -> Iterator[Grid]:
+    """For each shape: time by contender and rows of x, then our ratios."""
+    part = results["layers"]
+    reading = bandwidth(results["ceilings"]) if "ceilings" in results else None
+    for shape in _unique((row["rows"], row["columns"]) for row in part["rows"]):
+        rows = [row for row in part["rows"] if (row["rows"], row["columns"]) == shape]
+        name = f"{shape[0]}×{shape[1]}"
+        inputs = _unique(row["inputs"] for row in rows)
+        heads = [f"M={count} {'cold' if cold else 'hot'}" for count, cold in _unique((row["inputs"], row["cold"]) for row in rows)]
+        medians = {(row["contender"], row["inputs"]): row["seconds"]["median"] for row in rows}
+        sizes = {row["contender"]: row["bytes"] for row in rows}
+        times = [
+            [contender, f"{size / 1e6:.2f}", *(_microseconds(medians.get((contender, count))) for count in inputs)]
+            for contender, size in sizes.items()
+        ]
+        notes = _reasons(
+            (gone["contender"], gone["reason"]) for gone in part["missing"] if (gone["rows"], gone["columns"]) == shape
+        )
+        yield Grid(f"y = x Wᵀ, W {name}: µs", ("", "MB", *heads), times, notes)
+        yield Grid(f"W {name}: our time over others'", _RATIOS, [_ratio_row(row) for row in compare(rows, reading)])
+
+
+_RATIOS = ("", "M", "of reading its bytes", "of the fastest peer", "which is", "of the fastest of as many bits")
+
+
+def _ratio_row(row: Results) -> list[str]:
+    ratios = [_ratio(row["of_reading"]), _ratio(row["of_best"]), row["best"] or NONE, _ratio(row["of_same_bits"])]
+    return [row["contender"], str(row["inputs"]), *ratios]
+
+
+def _models(results: Results) -> Iterator[Grid]:
+    part = results["smollm2"]
+    asked = part["protocol"]
+    rows = [
+        [
+            row["contender"],
+            f"{1 / row['token_seconds']:.1f}",
+            f"{asked['window'] / row['window_seconds']:.0f}",
+            *(f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "cache_bytes", "resident_bytes", "peak_bytes")),
+        ]
+        for row in part["rows"]
+    ]
+    head = ("", "decode, tok/s", "prefill, tok/s", "weights, MB", "cache, MB", "resident, MB", "peak, MB")
+    notes = [
+        f"Decode: {asked['new']} tokens, greedy, after a prompt of {len(asked['prompt'])}, batch 1. Prefill: a prompt of "
+        f"{asked['window']}. Room for {asked['length']} tokens. Medians of {asked['repeats']} repeats.",
+        "Resident and peak: memory of the row's own process when it has answered, and the most while it answered, less what "
+        "the process had with its libraries imported and no model.",
+    ]
+    yield Grid(part.get("model", ""), head, rows, [*notes, *_missing(part)])
+
+
+def _minilm(results: Results) -> Iterator[Grid]:
+    part = results["minilm"]
+    shapes = _unique((row["sentences"], row["tokens"]) for row in part["rows"])
+    rates = {
+        (row["contender"], (row["sentences"], row["tokens"])): row["sentences"] / row["seconds"]["median"] for row in part["rows"]
+    }
+    correlations = part.get("spearman", {})
+    rows = [
+        [name, *(f"{rates[name, shape]:.0f}" for shape in shapes), _digits(correlations.get(name.removeprefix("eager-")), 4)]
+        for name in _unique(row["contender"] for row in part["rows"])
+    ]
+    head = ("", *(f"{sentences} × {tokens} tokens" for sentences, tokens in shapes), "Spearman, STS-B")
+    notes = [f"No correlations: {part['spearman_missing']}."] if "spearman_missing" in part else []
+    yield Grid("all-MiniLM-L6-v2: sentences per second", head, rows, [*notes, *_missing(part)])
+
+
+def _breakdown(results: Results) -> Iterator[Grid]:
+    part = results["breakdown"]
+    names = _unique(name for row in part["rows"] for name in row["parts"])
+    rows = [
+        [row["contender"], f"{1e6 * row['seconds']:.0f}", *(f"{1e6 * row['parts'][name]:.0f}" for name in names)]
+        for row in part["rows"]
+    ]
+    yield Grid("One decoded token: µs", ("", "all", *names), rows, _missing(part))
+
+
+def peers_only(rows: Iterable[Results]) -> list[Results]:
+    """The rows that are not ours."""
+    return [row for row in rows if not row["ours"]]
+
+
+def fastest_of_bits(rows: Sequence[Results]) -> dict[int, Results]:
+    """The fastest peer at each number of bits."""
+    peers = peers_only(rows)
+    found = {bits: fastest(row for row in peers if row["bits"] == bits) for bits in _unique(row["bits"] for row in peers)}
+    return {bits: row for bits, row in found.items() if row is not None}
+
+
+def _missing(part: Results) -> list[str]:
+    return _reasons((gone["contender"], gone["reason"]) for gone in part["missing"])
+
+
+def _reasons(gone: Iterable[tuple[str, str]]) -> list[str]:
+    """One sentence for each reason, with all whom it keeps away."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in gone:
+        by_reason.setdefault(reason, []).append(name)
+    return [f"Not measured: {', '.join(names)} ({reason})." for reason, names in by_reason.items()]
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _microseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    return f"{1e6 * seconds:.1f}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return _digits(value, 2)
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
