@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from kbit_inductor import logs
 from kbit_inductor._compat import copy_graph, inductor
+from kbit_inductor.binding import Binding
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
 from kbit_inductor.errors import KbitError, ReleasedWeightError
@@ -78,8 +79,10 @@ def _kept_arguments(context: Context, count: int) -> tuple[int, ...]:
 def _bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
     """``inner`` called with the weights that the arguments of this very call have, packed."""
 
+    binding = Binding(STORE, slots)
+
     def call(*arguments: Any) -> Any:
-        return inner(*[arguments[i] for i in kept], *STORE.operands(arguments, slots))
+        return inner(*[arguments[i] for i in kept], *binding.operands(arguments))
 
     return call
 
@@ -109,6 +112,8 @@ def raiser(error: KbitError) -> Compiled:
 
 def _log_matches(context: Context, lowered: Lowered, inputs: Sequence[Any]) -> None:
     log.info("matched %d products and look-ups on %d packed weights", len(context.uses), len(lowered.slots))
+    if lowered.fusions:
+        log.info("fused %s", ", ".join(f"{kind} {count}" for kind, count in sorted(lowered.fusions.items())))
     for use, choice in lowered.choices:
         kernel_log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
     for name, reasons in context.reasons.items():

@@ -14,7 +14,7 @@ from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import QUANTIZERS
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer")
+LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class LayerConfig:
         group_size: columns that share a scale, at least 1, or -1 for a whole row. It need not divide the row.
         symmetric: store a scale per group only, and no offset.
         quantizer: name of the method that chooses codes, one of ``kbit_inductor.quantizers.QUANTIZERS``.
+        activation_bits: what the layer's input is rounded to on the fly: 1 to 8 bits (integers, with a scale for at most 128 columns
+            of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
     """
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
     quantizer: str = "clip"
+    activation_bits: int | str = "auto"
 
     def __post_init__(self) -> None:
         _integer("bits", self.bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")
@@ -40,6 +43,13 @@ class LayerConfig:
             raise InvalidOptionError(f"option 'symmetric' is {self.symmetric!r}; give True or False")
         if self.quantizer not in QUANTIZERS:
             raise InvalidOptionError(f"option 'quantizer' is {self.quantizer!r}; give one of {', '.join(sorted(QUANTIZERS))}")
+        if self.activation_bits != "auto":
+            wanted = "an integer from 1 to 8, 16, or 'auto'"
+            _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
+
+    def storage(self) -> LayerConfig:
+        """The part that says how the weight is stored: equal for layers that can share a packed weight."""
+        return dataclasses.replace(self, activation_bits="auto")
 
     def group_columns(self, columns: int) -> int:
         """The group size in columns for a row of ``columns``: never more than the row, at least 1."""
@@ -53,8 +63,8 @@ class Config(LayerConfig):
 
     Args:
         skip: layer names, or ``"re:…"`` patterns, that stay in float.
-        overrides: layer name, or ``"re:…"`` pattern (matched against the whole name), to a mapping with any of ``bits``,
-            ``group_size``, ``symmetric`` and ``quantizer``. The last entry that matches wins.
+        overrides: layer name, or ``"re:…"`` pattern (matched against the whole name), to a mapping with any of the options
+            above. The last entry that matches wins.
         min_elements: weights with fewer elements stay in float.
         release_weights: free the float weights once they are packed.
         mode: as in ``torch.compile``; it reaches Inductor.

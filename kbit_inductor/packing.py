@@ -11,8 +11,7 @@ from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import group_count, packed_width
-from kbit_inductor.lowering.quantize import pack_codes
+from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width, tiled_nbytes
 from kbit_inductor.quantizers import QUANTIZERS
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,19 +20,22 @@ Operands = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight ``[N, K]`` of k-bit codes (layout: ``kbit_inductor.kernels.layout``).
+    """A weight ``[N, K]`` of k-bit codes.
 
     Attributes:
-        operands: ``planes, scale, offset, global_scale``; without ``offset`` when the grid is symmetric.
+        operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale``,
+            without ``offset`` when the grid is symmetric; in the layout ``"tiled"`` of the CPU kernels, one uint8 tensor.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
+        layout: ``"planes"`` or ``"tiled"``.
     """
 
     operands: Operands
     config: LayerConfig
     columns: int
     error: float
+    layout: str = "planes"
 
     @property
     def nbytes(self) -> int:
@@ -42,14 +44,19 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight ``[N, K]`` that the codes stand for."""
-        planes, scale, *offset, global_scale = self.operands
-        group_size = self.config.group_columns(self.columns)
         with no_modes():
-            return reference.dequantize(planes, scale, offset[0] if offset else None, global_scale, self.columns, group_size, dtype)
+            if self.layout == "tiled":
+                codes, scale, zero, global_scale = torch.ops.kbit.untile_cpu(self.operands[0])
+                planes, offset = pack_codes(codes, self.config.bits), None if self.config.symmetric else zero
+            else:
+                planes, scale, *given, global_scale = self.operands
+                offset = given[0] if given else None
+            group_size = self.config.group_columns(self.columns)
+            return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype)
 
 
 @torch.no_grad()
-def pack(weight: Tensor, config: LayerConfig, layer: str = "weight") -> PackedWeight:
+def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str = "planes") -> PackedWeight:
     """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` and any strides.
 
     Raises:
@@ -71,10 +78,13 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight") -> PackedWe
         columns = weight.size(1)
         group_size = config.group_columns(columns)
         quantized = QUANTIZERS[config.quantizer](weight, config.bits, group_size, config.symmetric)
-        planes = pack_codes(quantized.codes, config.bits)
-        offset = () if quantized.offset is None else (quantized.offset,)
-        operands = (planes, quantized.scale, *offset, quantized.global_scale)
-        return PackedWeight(operands, config, columns, quantized.error)
+        grid = (quantized.scale, quantized.offset, quantized.global_scale)
+        operands: Operands
+        if layout == "tiled":
+            operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size),)
+        else:
+            operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in grid if tensor is not None))
+        return PackedWeight(operands, config, columns, quantized.error, layout)
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -82,9 +92,11 @@ def _is_finite(weight: Tensor) -> bool:
     return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())
 
 
-def operand_specs(rows: int, columns: int, config: LayerConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def operand_specs(rows: int, columns: int, config: LayerConfig, layout: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each operand that :func:`pack` will give, known before any value is."""
-    groups = group_count(columns, config.group_columns(columns))
-    grid = ((rows, groups), torch.float16)
+    group_size = config.group_columns(columns)
+    if layout == "tiled":
+        return [((tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric),), torch.uint8)]
+    grid = ((rows, group_count(columns, group_size)), torch.float16)
     planes = ((config.bits, rows, packed_width(columns)), torch.uint8)
     return [planes, grid, *([] if config.symmetric else [grid]), ((1,), torch.float32)]

@@ -42,12 +42,13 @@ class Form:
 
     view: WeightView
     config: LayerConfig
+    layout: str
 
 
 @functools.cache
-def form(view: WeightView, config: LayerConfig) -> Form:
-    """The one form of this view and config."""
-    return Form(view, config)
+def form(view: WeightView, config: LayerConfig, layout: str) -> Form:
+    """The one form of this view, config and layout."""
+    return Form(view, config, layout)
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ class PackedWeights:
             return None
         return entry.packed.get(slot.form)
 
-    def operands(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[Tensor]:
-        """The operands of all ``slots`` in order, packing what is missing or has changed."""
+    def packed(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[PackedWeight]:
+        """The packed weights of all ``slots`` in order; what is missing or has changed is packed."""
         found = [self.find(arguments[slot.argument], slot) for slot in slots]
         if None in found:
             found = self._pack_missing(arguments, slots)
-        return [operand for packed in found if packed is not None for operand in packed.operands]
+        return [packed for packed in found if packed is not None]
 
     def _pack_missing(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[PackedWeight | None]:
         with self._lock, PackingProgress(len(slots)) as progress:
@@ -137,7 +138,7 @@ class PackedWeights:
             entry = self._current_entry(weight, slot)
             start = time.perf_counter()
             with no_modes():
-                packed = pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name)
+                packed = pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name, slot.form.layout)
             entry.packed[slot.form] = packed
             log.info(
                 "packed %s: %d bits, %d bytes, relative error %.3g, %.3f s",

@@ -60,3 +60,11 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
         bit = (planes[plane].unsqueeze(-1) >> shifts) & 1
         codes = (codes << 1) | bit.view(rows, width * 8)
     return codes[:, :columns]
+
+
+def tiled_nbytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of a weight in the layout of the CPU kernels (``cpu/tiled.h``): 16 rows to a block, 4 columns to a quad."""
+    groups = group_count(columns, group_size)
+    quads = (groups - 1) * -(-group_size // 4) + -(-(columns - (groups - 1) * group_size) // 4) if groups else 0
+    grid = groups * 16 * 2 * (1 if symmetric else 2)
+    return 64 + -(-rows // 16) * (-(-(grid + quads * 8 * bits) // 64) * 64) + 64

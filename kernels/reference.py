@@ -79,3 +79,34 @@ def embedding(
         dtype,
     )
     return picked.view(*indices.shape, embedding_dim)
+
+
+SEGMENT = 128  # columns that share a scale of rounded activations, at most
+
+
+def round_activations(x: Tensor, group_size: int, bits: int) -> Tensor:
+    """``x`` ``[M, K]`` as the CPU kernels read it under ``activation_bits=bits``, in float64.
+
+    Each row is cut into segments of at most 128 columns that straddle no group. At 2 to 8 bits a segment's values become integers
+    of magnitude below ``2 ** (bits - 1)`` times one step; at 1 bit, plus or minus their mean magnitude. 16 bits mean a block floating
+    point: 24 bits for float32 and 16 for the other dtypes, with a power of two for the step.
+    """
+    rounded = torch.zeros(x.shape, dtype=torch.float64)
+    for group in range(0, x.size(1), group_size):
+        end = min(group + group_size, x.size(1))
+        for begin in range(group, end, SEGMENT):
+            columns = slice(begin, min(begin + SEGMENT, end))
+            rounded[:, columns] = _round_segment(x[:, columns].float(), bits, x.dtype)
+    return rounded
+
+
+def _round_segment(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    if bits == 1:
+        return torch.where(values < 0, -1, 1).double() * values.abs().mean(1, keepdim=True).double()
+    kept = bits if bits < 16 else 24 if dtype == torch.float32 else 16
+    largest_code = 2.0 ** (kept - 1) - 1 if kept <= 8 else 127 * 2.0 ** (kept - 8)
+    step = values.abs().amax(1, keepdim=True) / largest_code
+    if kept > 8:
+        step = torch.ldexp(torch.ones_like(step), torch.frexp(step).exponent)
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    return torch.round(values * inverse).double() * step.double()

@@ -1,8 +1,9 @@
 """Schemas, fake implementations, references and derivatives of the ``kbit::`` operators.
 
-``kbit::linear`` and ``kbit::embedding`` are the definitions: any device, plain PyTorch. A kernel is an operator of its own with
-the same schema and a suffix, ``kbit::linear_cpu`` for one, so that a graph shows which kernel it calls. Operands are described in
-:mod:`kbit_inductor.kernels.layout`.
+``kbit::linear`` and ``kbit::embedding`` are the definitions: any device, plain PyTorch. A kernel is an operator of its own with a
+suffix, ``kbit::linear_triton`` for one, so that a graph shows which kernel it calls. Operands are described in
+:mod:`kbit_inductor.kernels.layout`; the operators of the CPU, whose weights have a layout of their own, are in
+:mod:`kbit_inductor.lowering.cpu`.
 
 Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else.
 """
@@ -32,15 +33,6 @@ FAMILIES = {
 GRADIENT_SCHEMA = (
     "(Tensor grad, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, SymInt columns, int group_size) -> Tensor"
 )
-# Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows;
-# errors is float64 [N, 2], squared error and squared norm of every row in units of global_scale.
-PACKING_SCHEMAS = {
-    "quantize_cpu": (
-        "(Tensor weight, float global_scale, int bits, int group_size, bool symmetric, float lowest_shrink, int candidates) "
-        "-> (Tensor codes, Tensor scale, Tensor offset, Tensor errors)"
-    ),
-    "pack_codes_cpu": "(Tensor codes, int bits) -> Tensor planes",
-}
 GRADIENT_CHUNK = 1 << 20  # weight elements dequantized at once for a gradient: 4 MB of float32
 
 
@@ -169,12 +161,9 @@ def _triton_embedding(*operands: Any) -> Tensor:
 
 
 _define_gradient()
-for _name, _schema in PACKING_SCHEMAS.items():
-    torch.library.define(f"kbit::{_name}", _schema)
 for _family, _reference in (("linear", reference.linear), ("embedding", reference.embedding)):
     define(_family)
     torch.library.impl(f"kbit::{_family}", "CompositeExplicitAutograd", _reference)
-    define(_family, "_cpu")  # its implementation registers itself when the compiled library is loaded
     define(_family, "_triton")
 torch.library.impl("kbit::linear_triton", "CUDA", _triton_linear)
 torch.library.impl("kbit::embedding_triton", "CUDA", _triton_embedding)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kbit_inductor.kernels.cpu import build
+from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,12 +57,14 @@ class Kernel:
         suffix: of its operators, ``kbit::linear{suffix}`` and ``kbit::embedding{suffix}``.
         supports: None when it can compute a problem, else the reason why not.
         cost: bytes it moves for one row of activations, the measure by which kernels are compared.
+        layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py) or ``"tiled"`` (kernels/cpu/tiled.h).
     """
 
     name: str
     suffix: str
     supports: Callable[[Problem], str | None]
     cost: Callable[[Problem], float]
+    layout: str = "planes"
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _reference_bytes(problem: Problem) -> float:
 
 
 KERNELS = (
-    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes),
+    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled"),
     Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes),
     Kernel("reference", "", lambda problem: None, _reference_bytes),
 )

@@ -17,6 +17,8 @@ for _name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KBIT_CACHE_DIR"):
 
 import torch  # noqa: E402 (see above)
 
+from kbit_inductor.passes import lower  # noqa: E402
+
 # No deadline, and slow examples are no fault: the first example of a shape may compile a kernel.
 settings.register_profile("kbit", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("kbit-ci", settings.get_profile("kbit"), derandomize=True)
@@ -30,6 +32,13 @@ def _fresh_torch() -> Iterator[None]:
     yield
     # What a test compiled holds its model, packed weights and all.
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _float_activations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rounding activations to 8 bits would hide every smaller mistake. Tests of that rounding ask for it, or are marked.
+    if "rounded_activations" not in request.keywords:
+        monkeypatch.setattr(lower, "AUTO_ACTIVATION_BITS", 16)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def _form(request):
 def test_packed_operands_have_the_promised_shapes_and_finite_values(bits, rows, columns, group, symmetric, name, dtype, seed):
     config = LayerConfig(bits, group, symmetric, name)
     packed = pack(normal((rows, columns), seed, dtype), config)
-    assert [(tuple(o.shape), o.dtype) for o in packed.operands] == operand_specs(rows, columns, config)
+    assert [(tuple(o.shape), o.dtype) for o in packed.operands] == operand_specs(rows, columns, config, "planes")
     restored = packed.dequantize()
     assert restored.shape == (rows, columns)
     assert torch.isfinite(restored).all()

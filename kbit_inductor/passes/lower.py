@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,31 +14,35 @@ from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.lowering.registry import Choice, Problem, choose
 from kbit_inductor.packing import operand_specs
-from kbit_inductor.store import Slot, form
-from kbit_inductor.views import WeightView
+from kbit_inductor.store import Form, Slot, form
 
 aten = torch.ops.aten
+AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 
 
 @dataclass
 class Lowered:
-    """The packed weights that a rewritten graph takes, after its other inputs, and the kernel of each use."""
+    """The packed weights that a rewritten graph takes, after its other inputs, the kernel of each use, and how often
+    each kind of fusion was done."""
 
     slots: list[Slot] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     choices: list[tuple[Use, Choice]] = field(default_factory=list)
+    fusions: Counter[str] = field(default_factory=Counter)
 
 
 def lower_marks(context: Context) -> Lowered:
     """Replace every mark by the operator of its kernel. Equal views of one weight share a packed weight."""
     lowered = Lowered()
-    inputs: dict[tuple[int, WeightView, LayerConfig], list[fx.Node]] = {}
+    inputs: dict[tuple[int, Form], list[fx.Node]] = {}
     for use in context.uses:
-        layer = _config(use)
-        key = (use.weight.argument, use.view, layer)
+        choice = _choose(context, use)
+        packed_form = form(use.view, _config(use).storage(), choice.kernel.layout)
+        key = (use.weight.argument, packed_form)
         if key not in inputs:
-            inputs[key] = _add_inputs(context, use, lowered)
-        _replace(context, use, inputs[key], lowered)
+            inputs[key] = _add_inputs(context, use, packed_form, lowered)
+        _replace(context, use, choice, inputs[key])
+        lowered.choices.append((use, choice))
     return lowered
 
 
@@ -47,12 +52,30 @@ def _config(use: Use) -> LayerConfig:
     return use.weight.config
 
 
-def _add_inputs(context: Context, use: Use, lowered: Lowered) -> list[fx.Node]:
-    """New placeholders, after all others, for the operands of a packed weight."""
+def _choose(context: Context, use: Use) -> Choice:
     layer = _config(use)
-    lowered.slots.append(Slot(use.weight.argument, use.weight.name, form(use.view, layer)))
+    choice = choose(
+        Problem(
+            family=use.family,
+            device=use.weight.value.device.type,
+            dtype=use.node.args[-1],  # type: ignore[arg-type]
+            rows=use.rows,
+            columns=use.columns,
+            bits=layer.bits,
+            group_size=layer.group_columns(use.columns),
+        )
+    )
+    if choice.kernel.layout != "tiled" and layer.activation_bits not in ("auto", 16):
+        context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
+    return choice
+
+
+def _add_inputs(context: Context, use: Use, packed_form: Form, lowered: Lowered) -> list[fx.Node]:
+    """New placeholders, after all others, for the operands of a packed weight."""
+    lowered.slots.append(Slot(use.weight.argument, use.weight.name, packed_form))
     nodes = []
-    for position, (shape, dtype) in enumerate(operand_specs(use.rows, use.columns, layer)):
+    specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout)
+    for position, (shape, dtype) in enumerate(specs):
         with context.fake_mode():
             value = torch.empty(shape, dtype=dtype, device=use.weight.value.device)
         with context.graph.inserting_after(context.graph.find_nodes(op="placeholder")[-1]):
@@ -64,34 +87,39 @@ def _add_inputs(context: Context, use: Use, lowered: Lowered) -> list[fx.Node]:
     return nodes
 
 
-def _replace(context: Context, use: Use, operands: list[fx.Node], lowered: Lowered) -> None:
-    layer = _config(use)
+def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]) -> None:
     dtype: Any = use.node.args[-1]
-    problem = Problem(
-        family=use.family,
-        device=use.weight.value.device.type,
-        dtype=dtype,
-        rows=use.rows,
-        columns=use.columns,
-        bits=layer.bits,
-        group_size=layer.group_columns(use.columns),
-    )
-    choice = choose(problem)
-    planes, scale, *offset, global_scale = operands
-    packed = (planes, scale, offset[0] if offset else None, global_scale)
-    arguments: tuple[Any, ...]
     with context.graph.inserting_before(use.node):
         if use.family == "linear":
             x, _, bias, _ = use.node.args
-            arguments = (_cast(context, x, dtype), *packed, bias, problem.group_size)
+            arguments = _linear_arguments(use, choice, _cast(context, x, dtype), operands, bias)
         else:
-            arguments = (use.node.args[0], *packed, use.columns, problem.group_size, dtype)
+            arguments = _embedding_arguments(use, choice, operands, dtype)
         created = context.graph.call_function(choice.overload(use.family), arguments)
     created.meta = dict(use.node.meta)
     use.node.replace_all_uses_with(created)
     context.graph.erase_node(use.node)
     use.node = created
-    lowered.choices.append((use, choice))
+
+
+def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
+    layer = _config(use)
+    if choice.kernel.layout == "tiled":
+        activation_bits = AUTO_ACTIVATION_BITS if layer.activation_bits == "auto" else layer.activation_bits
+        return x, operands[0], bias, use.rows, activation_bits
+    return x, *_planes(operands), bias, layer.group_columns(use.columns)
+
+
+def _embedding_arguments(use: Use, choice: Choice, operands: list[fx.Node], dtype: torch.dtype) -> tuple[Any, ...]:
+    indices = use.node.args[0]
+    if choice.kernel.layout == "tiled":
+        return indices, operands[0], use.columns, dtype
+    return indices, *_planes(operands), use.columns, _config(use).group_columns(use.columns), dtype
+
+
+def _planes(operands: list[fx.Node]) -> tuple[Any, ...]:
+    planes, scale, *offset, global_scale = operands
+    return planes, scale, offset[0] if offset else None, global_scale
 
 
 def _cast(context: Context, x: Any, dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kbit_inductor.capture import Context
 from kbit_inductor.passes.cleanup import drop_unused_weights
 from kbit_inductor.passes.expand import expand_weight_calls
+from kbit_inductor.passes.fuse import fuse
 from kbit_inductor.passes.lower import Lowered, lower_marks
 from kbit_inductor.passes.products import explain_computed_weights, match_products
 
@@ -15,5 +16,6 @@ def run(context: Context) -> Lowered:
     explain_computed_weights(context)
     match_products(context)
     lowered = lower_marks(context)
+    lowered.fusions = fuse(context, lowered)
     drop_unused_weights(context, lowered)
     return lowered

@@ -6,7 +6,9 @@ the key of everything that went into it and a digest of its bytes: a stale or tr
 Environment:
     CXX: the compiler, arguments allowed (default ``g++``).
     KBIT_CACHE_DIR: where libraries are kept (default ``$XDG_CACHE_HOME/kbit_inductor`` or ``~/.cache/kbit_inductor``).
-    KBIT_PORTABLE: ``1`` builds without instruction-set specific code, for tests and for doubtful machines.
+
+When it runs, the library picks the best instruction set that it has kernels for; ``KBIT_ISA`` names one instead (``portable``,
+``avx2``, ``avx512``, ``avx512vnni``).
 """
 
 from __future__ import annotations
@@ -28,7 +30,16 @@ import torch
 _lock = threading.Lock()
 _SHOWN_LINES = 20
 # Beside the flags of all. Quantizing has to round as PyTorch does, a product before it is added to.
-_UNIT_FLAGS = {"quantize.cpp": ["-ffp-contract=off"]}
+_UNIT_FLAGS = {
+    "quantize.cpp": ["-ffp-contract=off"],
+    "activations.cpp": ["-fno-math-errno", "-fno-trapping-math"],  # so that rounding is a vector instruction
+}
+# Each is compiled for an instruction set of its own, whatever this machine has: which one runs is decided when it does.
+_ISA_FLAGS = {
+    "dot_avx2.cpp": ["-march=x86-64-v3"],
+    "dot_avx512.cpp": ["-march=x86-64-v4"],
+    "dot_avx512vnni.cpp": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mgfni"],
+}
 
 
 class CpuBuildError(RuntimeError):
@@ -55,17 +66,11 @@ def _load_once() -> None:
         raise CpuBuildError(f"the compiled CPU kernels do not load: {error}\nDelete {library} and retry.") from error
 
 
-def build(portable: bool | None = None) -> Path:
-    """Path of the shared library for this machine, from the cache or freshly built.
-
-    Args:
-        portable: leave out instruction-set specific code; ``None`` asks the environment variable ``KBIT_PORTABLE``.
-    """
-    if portable is None:
-        portable = os.environ.get("KBIT_PORTABLE", "0") not in ("", "0")
+def build() -> Path:
+    """Path of the shared library for this machine, from the cache or freshly built."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     native = _native_flags(compiler)
-    flags = [*_compile_flags(), *native, *(["-DKBIT_PORTABLE"] if portable else [])]
+    flags = [*_compile_flags(), *native]
     key = _cache_key(compiler, flags)
     return _cached(key) or _compile(compiler, flags, key)
 
@@ -87,6 +92,10 @@ def cache_dir() -> Path:
 def _native_flags(compiler: list[str]) -> list[str]:
     flag = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     return [flag] if _macros(compiler, flag) is not None else []
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def _macros(compiler: list[str], *flags: str) -> str | None:
@@ -113,7 +122,6 @@ def _compile_flags() -> list[str]:
         "-fPIC",
         "-fopenmp",  # at::parallel_for is a template: without it, it runs on one thread
         "-ffp-contract=fast",
-        "-fschedule-insns",  # g++ otherwise reloads the operands of `dot` for every use: half the speed
         "-fvisibility=hidden",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
@@ -125,7 +133,15 @@ def _torch_dir() -> Path:
 
 def _cache_key(compiler: list[str], flags: list[str]) -> str:
     digest = hashlib.sha256()
-    for part in (torch.__version__, str(_torch_dir()), *compiler, *flags, str(_UNIT_FLAGS), str(_macros(compiler, *flags))):
+    for part in (
+        torch.__version__,
+        str(_torch_dir()),
+        *compiler,
+        *flags,
+        str(_UNIT_FLAGS),
+        str(_ISA_FLAGS),
+        str(_macros(compiler, *flags)),
+    ):
         digest.update(part.encode() + b"\0")
     for source in sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -167,7 +183,8 @@ def _build_in(scratch: Path, compiler: list[str], flags: list[str]) -> Path:
     objects = [scratch / f"{unit.stem}.o" for unit in units]
 
     def compile_unit(unit: Path, target: Path) -> None:
-        _run([*compiler, *flags, *_UNIT_FLAGS.get(unit.name, []), *include, "-c", str(unit), "-o", str(target)])
+        extra = [*_UNIT_FLAGS.get(unit.name, []), *(_ISA_FLAGS.get(unit.name, []) if _is_x86() else [])]
+        _run([*compiler, *flags, *extra, *include, "-c", str(unit), "-o", str(target)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_unit, units, objects))

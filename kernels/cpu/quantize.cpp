@@ -207,23 +207,4 @@ void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, co
   });
 }
 
-void pack_codes(const uint8_t* codes, int64_t rows, int64_t columns, int bits, uint8_t* planes) {
-  const int64_t width = (columns + 7) / 8;
-  at::parallel_for(0, rows, kGrain / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t byte = 0; byte < width; ++byte) {
-        const uint8_t* source = codes + row * columns + 8 * byte;
-        const int64_t count = std::min<int64_t>(8, columns - 8 * byte);
-        uint64_t eight = 0;
-        for (int64_t i = 0; i < count; ++i) eight |= static_cast<uint64_t>(source[i]) << (8 * i);
-        for (int plane = 0; plane < bits; ++plane) {
-          const uint64_t ones = (eight >> (bits - 1 - plane)) & 0x0101010101010101;
-          // The product moves bit 8 i to bit 56 + i, and nothing else to the top byte.
-          planes[(plane * rows + row) * width + byte] = static_cast<uint8_t>((ones * 0x0102040810204080) >> 56);
-        }
-      }
-    }
-  });
-}
-
 }  // namespace kbit

@@ -1,9 +1,9 @@
-// Float weights to codes: the compiled form of kbit_inductor/quantizers, and of pack_codes in ../layout.py.
+// Float weights to codes: the compiled form of kbit_inductor/quantizers.
 #pragma once
 
 #include <cstdint>
 
-#include "weight.h"
+#include "dtype.h"
 
 namespace kbit {
 
@@ -26,8 +26,5 @@ struct QuantizedRows {
 // weight [rows, columns] of `dtype`, contiguous and finite.
 void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, const GridSearch& search,
               const QuantizedRows& out);
-
-// codes [rows, columns], each below 2 ** bits, to planes [bits, rows, ceil(columns / 8)].
-void pack_codes(const uint8_t* codes, int64_t rows, int64_t columns, int bits, uint8_t* planes);
 
 }  // namespace kbit

@@ -1,16 +1,22 @@
 // The kbit:: operators on the CPU: checks operands, then calls the kernels. The schemas are defined in Python.
 
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/hash.h>
 #include <torch/library.h>
 
-#include "embedding.h"
-#include "linear.h"
+#include "isa.h"
+#include "packed_memory.h"
 #include "quantize.h"
+#include "tiled_linear.h"
 
 namespace kbit {
 namespace {
@@ -35,85 +41,221 @@ Tensor operand(const Tensor& tensor, const char* name, at::ScalarType type, at::
   return tensor.contiguous();
 }
 
-// Keeps the operands alive while the kernels read them through `view`.
-struct Operands {
-  Tensor planes, scale, offset, global_scale;
-  Weight view;
+constexpr int64_t kMaxSize = int64_t{1} << 31;
 
-  Operands(const Tensor& planes_, const Tensor& scale_, const OptionalTensor& offset_, const Tensor& global_scale_,
-           int64_t columns, int64_t group_size) {
-    TORCH_CHECK(group_size >= 1, "group_size must be at least 1, got ", group_size);
-    TORCH_CHECK(columns >= 0, "embedding_dim must not be negative, got ", columns);
-    TORCH_CHECK(planes_.dim() == 3 && planes_.size(0) >= 1 && planes_.size(0) <= 8,
-                "planes must be [bits, N, ceil(K / 8)] with 1 to 8 bits, got ", planes_.sizes());
-    view.bits = static_cast<int>(planes_.size(0));
-    view.rows = planes_.size(1);
-    view.columns = columns;
-    view.group_size = group_size;
-    planes = operand(planes_, "planes", at::kByte, {view.bits, view.rows, view.width()});
-    scale = operand(scale_, "scale", at::kHalf, {view.rows, view.groups()});
-    if (offset_) offset = operand(*offset_, "offset", at::kHalf, {view.rows, view.groups()});
-    global_scale = operand(global_scale_, "global_scale", at::kFloat, {1});
-    view.planes = planes.const_data_ptr<uint8_t>();
-    view.scale = scale.const_data_ptr<at::Half>();
-    view.offset = offset_ ? offset.const_data_ptr<at::Half>() : nullptr;
-    view.global_scale = *global_scale.const_data_ptr<float>();
-  }
-};
-
-Tensor linear_cpu(const Tensor& x, const Tensor& planes, const Tensor& scale, const OptionalTensor& offset,
-                  const Tensor& global_scale, const OptionalTensor& bias, int64_t group_size) {
-  TORCH_CHECK(x.dim() >= 1 && x.device().is_cpu(), "x must be a CPU tensor [..., K], got ", x.sizes(), " on ",
-              x.device());
-  const Dtype dtype = dtype_of(x.scalar_type(), "x");
-  const int64_t columns = x.size(-1);
-  const Operands weight(planes, scale, offset, global_scale, columns, group_size);
-  const int64_t rows = weight.view.rows;
-
-  Tensor bias_values;
-  Dtype bias_dtype = Dtype::Float32;
-  if (bias) {
-    bias_dtype = dtype_of(bias->scalar_type(), "bias");
-    bias_values = operand(*bias, "bias", bias->scalar_type(), {rows});
-  }
-
-  at::DimVector shape(x.sizes());
-  shape.back() = rows;
-  Tensor y = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
-  if (y.numel() == 0) return y;
-
-  const int64_t batch = y.numel() / rows;
-  const Tensor source = x.contiguous();
-  Tensor padded = source;
-  if (dtype != Dtype::Float32 || columns != padded_columns(columns)) {
-    padded = at::empty({batch, padded_columns(columns)}, x.options().dtype(at::kFloat));
-    pad_activations(source.const_data_ptr(), dtype, batch, columns, padded.mutable_data_ptr<float>());
-  }
-  linear(weight.view, padded.const_data_ptr<float>(), batch, bias ? bias_values.const_data_ptr() : nullptr, bias_dtype,
-         y.mutable_data_ptr(), dtype);
-  return y;
+// The packed weight in `packed`, whose header is checked against what the caller knows: a wrong one would be read out of bounds.
+TiledWeight tiled_weight(const Tensor& packed) {
+  TORCH_CHECK(packed.device().is_cpu() && packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous(),
+              "a packed weight must be a contiguous uint8 vector on the CPU, got ", packed.sizes(), " ",
+              packed.scalar_type(), " on ", packed.device());
+  TORCH_CHECK(packed.numel() >= kHeaderBytes + kTailBytes, "a packed weight of ", packed.numel(), " bytes has no header");
+  const auto* bytes = packed.const_data_ptr<uint8_t>();
+  TiledHeader header;
+  std::memcpy(&header, bytes, sizeof header);
+  TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
+  TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.rows >= 0 && header.rows < kMaxSize &&
+                  header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 && header.group_size < kMaxSize,
+              "the header of the packed weight is damaged");
+  TiledWeight weight;
+  static_cast<TiledLayout&>(weight) =
+      TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size);
+  TORCH_CHECK(packed.numel() == weight.nbytes(), "a packed weight of ", weight.rows, " x ", weight.columns, " takes ",
+              weight.nbytes(), " bytes, got ", packed.numel());
+  weight.data = bytes + kHeaderBytes;
+  weight.global_scale = header.global_scale;
+  return weight;
 }
 
-Tensor embedding_cpu(const Tensor& indices, const Tensor& planes, const Tensor& scale, const OptionalTensor& offset,
-                     const Tensor& global_scale, int64_t embedding_dim, int64_t group_size, at::ScalarType type) {
+// What 16 bits mean depends on what the activations hold: float32 takes three digits, the others two.
+int grid_bits(int64_t activation_bits, Dtype dtype) {
+  TORCH_CHECK((activation_bits >= 1 && activation_bits <= 8) || activation_bits == 16,
+              "activation_bits must be 1 to 8, or 16, got ", activation_bits);
+  return activation_bits == 16 && dtype == Dtype::Float32 ? 24 : static_cast<int>(activation_bits);
+}
+
+// Operands of a product, checked, and kept alive while the kernels read them.
+class Product {
+ public:
+  Product(const Tensor& x, int64_t activation_bits) {
+    TORCH_CHECK(x.dim() >= 1 && x.device().is_cpu(), "x must be a CPU tensor [..., K], got ", x.sizes(), " on ", x.device());
+    x_ = x.contiguous();
+    columns_ = x.size(-1);
+    problem_.x.dtype = dtype_of(x.scalar_type(), "x");
+    problem_.x.data = x_.const_data_ptr();
+    problem_.activation_bits = grid_bits(activation_bits, problem_.x.dtype);
+  }
+
+  void norm(const Tensor& weight, double eps) {
+    problem_.x.norm_weight = keep(operand(weight, "norm_weight", x_.scalar_type(), {columns_}));
+    problem_.x.eps = static_cast<float>(eps);
+  }
+
+  void weight(const Tensor& packed, int64_t rows, const OptionalTensor& bias) {
+    const TiledWeight weight = tiled_weight(packed);
+    TORCH_CHECK(weight.columns == columns_, "x has ", columns_, " columns, the packed weight ", weight.columns);
+    TORCH_CHECK(weight.rows == rows, "the packed weight has ", weight.rows, " rows, not ", rows);
+    if (!problem_.weights.empty()) {
+      TORCH_CHECK(weight.group_size == problem_.weights.front().group_size, "weights of one product must share a group size");
+    }
+    Bias added;
+    if (bias) {
+      added.dtype = dtype_of(bias->scalar_type(), "bias");
+      added.data = keep(operand(*bias, "bias", bias->scalar_type(), {rows}));
+    }
+    problem_.weights.push_back(weight);
+    problem_.biases.push_back(added);
+    rows_ += rows;
+  }
+
+  void activation(std::string_view name, bool gated) {
+    TORCH_CHECK(parse_activation(name, problem_.activation), "activation '", std::string(name), "' is unknown");
+    problem_.gated = gated;
+    if (!gated) return;
+    TORCH_CHECK(problem_.weights.size() == 2 && problem_.weights[0].rows == problem_.weights[1].rows,
+                "a gated product takes two weights of the same rows");
+    rows_ /= 2;
+  }
+
+  void residual(const Tensor& residual) {
+    problem_.residual = keep(operand(residual, "residual", x_.scalar_type(), shape()));
+  }
+
+  Tensor compute() {
+    Tensor y = at::empty(shape(), x_.options().memory_format(at::MemoryFormat::Contiguous));
+    if (y.numel() == 0) return y;
+    problem_.x.rows = y.numel() / rows_;
+    problem_.y = y.mutable_data_ptr();
+    tiled_linear(problem_);
+    return y;
+  }
+
+ private:
+  at::DimVector shape() const {
+    at::DimVector shape(x_.sizes());
+    shape.back() = rows_;
+    return shape;
+  }
+
+  const void* keep(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back().const_data_ptr();
+  }
+
+  Tensor x_;
+  int64_t columns_ = 0, rows_ = 0;
+  std::vector<Tensor> kept_;
+  TiledProblem problem_;
+};
+
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t rows, int64_t activation_bits) {
+  Product product(x, activation_bits);
+  product.weight(weight, rows, bias);
+  return product.compute();
+}
+
+Tensor fused_linear_cpu(const Tensor& x, const OptionalTensor& norm_weight, double eps, const at::TensorList weights,
+                        const c10::List<OptionalTensor>& biases, at::IntArrayRef rows, std::string_view activation, bool gated,
+                        const OptionalTensor& residual, int64_t activation_bits) {
+  TORCH_CHECK(!weights.empty() && weights.size() == biases.size() && weights.size() == rows.size(),
+              "weights, biases and rows must be lists of the same length, at least 1");
+  Product product(x, activation_bits);
+  if (norm_weight) product.norm(*norm_weight, eps);
+  for (size_t i = 0; i < weights.size(); ++i) product.weight(weights[i], rows[i], biases.get(i));
+  product.activation(activation, gated);
+  if (residual) product.residual(*residual);
+  return product.compute();
+}
+
+Tensor embedding_cpu(const Tensor& indices, const Tensor& packed, int64_t embedding_dim, at::ScalarType type) {
   const auto index_type = indices.scalar_type();
   TORCH_CHECK(index_type == at::kLong || index_type == at::kInt, "indices must be int32 or int64, got ", index_type);
   TORCH_CHECK(indices.device().is_cpu(), "indices must be on the CPU, got ", indices.device());
   const Dtype dtype = dtype_of(type, "dtype");
-  const Operands table(planes, scale, offset, global_scale, embedding_dim, group_size);
+  const TiledWeight table = tiled_weight(packed);
+  TORCH_CHECK(table.columns == embedding_dim, "the packed table has ", table.columns, " columns, not ", embedding_dim);
 
   const Tensor rows = indices.to(at::kLong).contiguous();
   const int64_t* row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows.numel(); ++i) {
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < table.view.rows, "index ", row[i], " is out of range in an embedding of ",
-                      table.view.rows, " rows");
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < table.rows, "index ", row[i], " is out of range in an embedding of ",
+                      table.rows, " rows");
   }
 
   at::DimVector shape(indices.sizes());
   shape.push_back(embedding_dim);
-  Tensor out = at::empty(shape, planes.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
-  embedding(table.view, row, rows.numel(), out.mutable_data_ptr(), dtype);
+  Tensor out = at::empty(shape, packed.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
+  tiled_embedding(table, row, rows.numel(), out.mutable_data_ptr(), dtype);
   return out;
+}
+
+Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
+  const TiledWeight weight = tiled_weight(packed);
+  TORCH_CHECK(begin >= 0 && begin <= end && end <= weight.rows, "rows ", begin, " to ", end, " are not among the ", weight.rows);
+  Tensor out = at::empty({end - begin, weight.columns}, packed.options().dtype(at::kFloat));
+  tiled_dequantize(weight, begin, end, out.mutable_data_ptr<float>());
+  return out;
+}
+
+Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
+                int64_t bits, int64_t group_size) {
+  TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
+  TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
+  TORCH_CHECK(group_size >= 1 && group_size < kMaxSize, "group_size must be at least 1, got ", group_size);
+  const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size);
+  const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
+  const Tensor steps = operand(scale, "scale", at::kHalf, {layout.rows, layout.groups});
+  const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, {layout.rows, layout.groups}) : Tensor();
+  const Tensor factor = operand(global_scale, "global_scale", at::kFloat, {1});
+  Tensor packed = allocate_packed(layout.nbytes());
+  auto* bytes = packed.mutable_data_ptr<uint8_t>();
+  std::memset(bytes, 0, kHeaderBytes);
+  std::memset(bytes + layout.nbytes() - kTailBytes, 0, kTailBytes);
+  const TiledHeader header{kMagic, static_cast<uint8_t>(bits), static_cast<uint8_t>(!offset), 0,
+                           *factor.const_data_ptr<float>(), 0, layout.rows, layout.columns, layout.group_size};
+  std::memcpy(bytes, &header, sizeof header);
+  tile(layout, source.const_data_ptr<uint8_t>(), reinterpret_cast<const uint16_t*>(steps.const_data_ptr()),
+       offset ? reinterpret_cast<const uint16_t*>(zeros.const_data_ptr()) : nullptr, bytes + kHeaderBytes);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed) {
+  const TiledWeight weight = tiled_weight(packed);
+  const Tensor codes = at::empty({weight.rows, weight.columns}, packed.options());
+  const Tensor scale = at::empty({weight.rows, weight.groups}, packed.options().dtype(at::kHalf));
+  const Tensor offset = at::empty({weight.symmetric ? 0 : weight.rows, weight.groups}, scale.options());
+  const Tensor global_scale = at::full({1}, weight.global_scale, packed.options().dtype(at::kFloat));
+  untile(weight, codes.mutable_data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.mutable_data_ptr()),
+         weight.symmetric ? nullptr : reinterpret_cast<uint16_t*>(offset.mutable_data_ptr()));
+  return {codes, scale, offset, global_scale};
+}
+
+// A number that changes when one of `tensors` becomes another tensor, gets another storage or layout, or is written to.
+int64_t fingerprint(const at::TensorList tensors) {
+  size_t hash = tensors.size();
+  for (const Tensor& tensor : tensors) {
+    hash = c10::hash_combine(hash, reinterpret_cast<size_t>(tensor.unsafeGetTensorImpl()));
+    hash = c10::hash_combine(hash, reinterpret_cast<size_t>(tensor.storage().unsafeGetStorageImpl()));
+    hash = c10::hash_combine(hash, tensor.is_inference() ? 0 : static_cast<size_t>(tensor._version()) + 1);
+    hash = c10::hash_combine(hash, static_cast<size_t>(tensor.storage_offset()));
+    for (const int64_t extent : tensor.sizes()) hash = c10::hash_combine(hash, static_cast<size_t>(extent));
+    for (const int64_t stride : tensor.strides()) hash = c10::hash_combine(hash, static_cast<size_t>(stride));
+  }
+  return static_cast<int64_t>(hash);
+}
+
+std::string isa_cpu() { return isa().name; }
+
+std::vector<std::string> isas_cpu() {
+  std::vector<std::string> names;
+  for (int i = 0; i < isa_count(); ++i) {
+    const IsaEntry entry = isa_entry(i);
+    if (entry.usable) names.emplace_back(entry.isa->name);
+  }
+  return names;
+}
+
+void force_isa_cpu(std::string_view name) {
+  TORCH_CHECK(force_isa(std::string(name).c_str()), "this machine does not run the instruction set '", std::string(name), "'");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, double global_scale, int64_t bits,
@@ -139,23 +281,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, do
   return {codes, scale, offset, errors};
 }
 
-Tensor pack_codes_cpu(const Tensor& codes, int64_t bits) {
-  TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
-  TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
-  const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
-  const int64_t rows = codes.size(0), columns = codes.size(1);
-  const Tensor planes = at::empty({bits, rows, (columns + 7) / 8}, source.options());
-  pack_codes(source.const_data_ptr<uint8_t>(), rows, columns, static_cast<int>(bits), planes.mutable_data_ptr<uint8_t>());
-  return planes;
-}
-
 }  // namespace
+
+TORCH_LIBRARY_IMPL(kbit, CompositeImplicitAutograd, m) {
+  m.impl("fingerprint", fingerprint);
+  m.impl("isa_cpu", isa_cpu);
+  m.impl("isas_cpu", isas_cpu);
+  m.impl("force_isa_cpu", force_isa_cpu);
+}
 
 TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("linear_cpu", linear_cpu);
+  m.impl("fused_linear_cpu", fused_linear_cpu);
   m.impl("embedding_cpu", embedding_cpu);
+  m.impl("dequantize_cpu", dequantize_cpu);
+  m.impl("tile_cpu", tile_cpu);
+  m.impl("untile_cpu", untile_cpu);
   m.impl("quantize_cpu", quantize_cpu);
-  m.impl("pack_codes_cpu", pack_codes_cpu);
 }
 
 }  // namespace kbit

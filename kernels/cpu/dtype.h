@@ -1,4 +1,4 @@
-// A packed weight and the element types of activations, as the kernels see them (layout: ../layout.py).
+// The element types of activations.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +11,6 @@
 #endif
 
 namespace kbit {
-
-struct Weight {
-  const uint8_t* planes;    // [bits, rows, width]
-  const c10::Half* scale;   // [rows, groups]
-  const c10::Half* offset;  // [rows, groups], or null for the symmetric grid
-  float global_scale;
-  int bits;            // 1..8
-  int64_t rows;        // N
-  int64_t columns;     // K
-  int64_t group_size;  // columns, at least 1
-
-  int64_t width() const { return (columns + 7) / 8; }
-  int64_t groups() const { return columns / group_size + (columns % group_size != 0); }
-};
 
 enum class Dtype { Float32, BFloat16, Float16 };
 

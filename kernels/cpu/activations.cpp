@@ -1,0 +1,188 @@
+#include "activations.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+
+#include <ATen/Parallel.h>
+
+namespace kbit {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // values worth handing to another thread
+constexpr int kMaxSegment = kSegmentQuads * kQuad;
+
+int digits_of(int bits) { return bits <= 8 ? 1 : (bits + 7) / 8; }
+
+int64_t segments_of(const TiledLayout& layout) {
+  if (!layout.groups) return 0;
+  return (layout.groups - 1) * ceil_div(layout.group_quads, kSegmentQuads) +
+         ceil_div(layout.quads_of(layout.groups - 1), kSegmentQuads);
+}
+
+// The largest integer that `digits` balanced digits, each -128..127, surely hold; at one digit the grid of `bits` bits.
+float largest_code(int bits) { return bits <= 8 ? static_cast<float>((1 << (bits - 1)) - 1) : std::ldexp(127.0f, bits - 8); }
+
+// The step of a segment's grid. Zero when all its values are zeros, or so small that steps would underflow.
+float step_of(float largest, int bits) {
+  if (largest < 0x1p-100f) return 0;
+  if (bits == 1) return largest;
+  const float step = largest / largest_code(bits);
+  if (bits <= 8) return step;
+  int exponent;
+  std::frexp(step, &exponent);
+  return std::ldexp(1.0f, exponent);  // a power of two, at least `step`
+}
+
+float largest_magnitude(const float* values, int count) {
+  float largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
+  return largest;
+}
+
+float mean_magnitude(const float* values, int count) {
+  float total = 0;
+  for (int i = 0; i < count; ++i) total += std::fabs(values[i]);
+  return total / static_cast<float>(count);
+}
+
+// Integers next to values / step, to even where there are two.
+void round_to_grid(const float* values, int count, float step, int32_t* codes) {
+  const float inverse = step ? 1 / step : 0;
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<int32_t>(std::nearbyint(values[i] * inverse));
+}
+
+// Takes the lowest digit, -128..127, off every code.
+void lowest_digit(int32_t* codes, int count, int8_t* digit) {
+  for (int i = 0; i < count; ++i) {
+    digit[i] = static_cast<int8_t>(codes[i] & 0xff);
+    codes[i] = (codes[i] - digit[i]) >> 8;
+  }
+}
+
+bool all_finite(const float* values, int64_t count) {
+  // The exponent of what is no number is all ones, and no other's: integers, since compilers may not reorder sums of floats.
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (std::bit_cast<uint32_t>(values[i]) & 0x7f800000u) == 0x7f800000u;
+  return !bad;
+}
+
+double sum_of_squares(const float* values, int64_t count) {
+  float lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int lane = 0; lane < 16; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
+  }
+  double total = 0;
+  for (; i < count; ++i) total += static_cast<double>(values[i]) * values[i];
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+// Where the digits of one segment of one row of x go.
+struct Slot {
+  int8_t* codes;  // of the segment's first quad and this row's first digit
+  float* scale;
+  int32_t* negative_sum;
+  float* sum;
+  int rows;  // of the block
+};
+
+void quantize_segment(const float* values, int count, int bits, int digits, const Slot& slot) {
+  alignas(64) int32_t codes[kMaxSegment];
+  alignas(64) int8_t digit[kMaxSegment];
+  float step = step_of(bits == 1 ? mean_magnitude(values, count) : largest_magnitude(values, count), bits);
+  if (bits == 1) {
+    for (int i = 0; i < count; ++i) codes[i] = values[i] < 0 ? -1 : 1;
+  } else {
+    round_to_grid(values, count, step, codes);
+  }
+  const int quads = static_cast<int>(ceil_div(count, kQuad));
+  for (int d = digits - 1; d >= 0; --d, step *= 256) {
+    if (digits == 1) {
+      for (int i = 0; i < count; ++i) digit[i] = static_cast<int8_t>(codes[i]);
+    } else {
+      lowest_digit(codes, count, digit);
+    }
+    std::memset(digit + count, 0, quads * kQuad - count);
+    int32_t total = 0;
+    for (int i = 0; i < count; ++i) total += digit[i];
+    if (slot.rows == 1) {
+      std::memcpy(slot.codes, digit, quads * kQuad);
+    } else {
+      for (int quad = 0; quad < quads; ++quad) std::memcpy(slot.codes + (quad * slot.rows + d) * kQuad, digit + quad * kQuad, kQuad);
+    }
+    slot.scale[d] = step;
+    slot.negative_sum[d] = -total;
+    slot.sum[d] += step * static_cast<float>(total);
+  }
+}
+
+}  // namespace
+
+void Activations::row(const ActivationSource& source, int64_t columns, int64_t index, float* values) {
+  with_type(source.dtype, [&](auto* type) {
+    const auto* x = static_cast<decltype(type)>(const_cast<void*>(source.data)) + index * columns;
+    for (int64_t c = 0; c < columns; ++c) values[c] = static_cast<float>(x[c]);
+    if (!source.norm_weight) return;
+    const auto* weight = static_cast<decltype(type)>(const_cast<void*>(source.norm_weight));
+    const float mean = static_cast<float>(sum_of_squares(values, columns) / static_cast<double>(columns));
+    const float inverse = 1 / std::sqrt(mean + source.eps);
+    for (int64_t c = 0; c < columns; ++c) values[c] = static_cast<float>(weight[c]) * (values[c] * inverse);
+  });
+}
+
+Activations::Activations(const ActivationSource& source, const TiledLayout& layout, int bits)
+    : bits_(bits), digits_(digits_of(bits)), rows_(source.rows), rows_per_block_(kActivationRows / digits_) {
+  const int64_t total = rows_ * digits_, segments = segments_of(layout), count = ceil_div(rows_, rows_per_block_);
+  codes_ = std::make_unique_for_overwrite<int8_t[]>(total * layout.quads * kQuad);
+  scale_ = std::make_unique_for_overwrite<float[]>(total * segments);
+  negative_sum_ = std::make_unique_for_overwrite<int32_t[]>(total * segments);
+  sum_ = std::make_unique<float[]>(total * layout.groups);
+  blocks_.resize(count);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = b * rows_per_block_ * digits_;
+    blocks_[b] = {static_cast<int>(std::min(rows_per_block_ * digits_, total - first)),
+                  codes_.get() + first * layout.quads * kQuad, scale_.get() + first * segments,
+                  negative_sum_.get() + first * segments, sum_.get() + first * layout.groups};
+  }
+  std::mutex mutex;
+  at::parallel_for(0, count, kGrain / (rows_per_block_ * layout.columns + 1) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> bad;
+    for (int64_t b = begin; b < end; ++b) quantize_block(source, layout, b, bad);
+    if (bad.empty()) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    not_finite_.insert(not_finite_.end(), bad.begin(), bad.end());
+  });
+}
+
+void Activations::quantize_block(const ActivationSource& source, const TiledLayout& layout, int64_t block,
+                                 std::vector<int64_t>& bad) {
+  const ActivationBlock& out = blocks_[block];
+  const auto values = std::make_unique_for_overwrite<float[]>(layout.columns);
+  for (int64_t r = 0; r < out.rows / digits_; ++r) {
+    const int64_t index = block * rows_per_block_ + r;
+    row(source, layout.columns, index, values.get());
+    if (!all_finite(values.get(), layout.columns)) {
+      bad.push_back(index);
+      std::fill_n(values.get(), layout.columns, 0.0f);
+    }
+    int64_t quad = 0, segment = 0;
+    for (int64_t group = 0; group < layout.groups; ++group) {
+      const int64_t end = std::min((group + 1) * layout.group_size, layout.columns);
+      for (int64_t c = group * layout.group_size; c < end; c += kMaxSegment, ++segment) {
+        const int count = static_cast<int>(std::min<int64_t>(kMaxSegment, end - c));
+        const Slot slot{const_cast<int8_t*>(out.codes) + (quad * out.rows + r * digits_) * kQuad,
+                        const_cast<float*>(out.scale) + segment * out.rows + r * digits_,
+                        const_cast<int32_t*>(out.negative_sum) + segment * out.rows + r * digits_,
+                        const_cast<float*>(out.sum) + group * out.rows + r * digits_, out.rows};
+        quantize_segment(values.get() + c, count, bits_, digits_, slot);
+        quad += ceil_div(count, kQuad);
+      }
+    }
+  }
+}
+
+}  // namespace kbit

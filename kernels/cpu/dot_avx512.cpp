@@ -1,0 +1,62 @@
+// AVX-512 without VNNI (Skylake-X): a word of the tile is a byte mask, and products go through 16-bit pairs.
+#include "isa.h"
+
+#if defined(__AVX512BW__) && defined(__AVX512F__)
+
+#include <immintrin.h>
+
+#include "dot.h"
+
+namespace kbit {
+namespace {
+
+struct Avx512 {
+  static void unpack(const uint8_t* words, int bits, int64_t quads, uint8_t* codes) {
+    for (int64_t quad = 0; quad < quads; ++quad, words += 8 * bits, codes += kCodesPerQuad) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int plane = 0; plane < bits; ++plane) {
+        uint64_t mask;
+        std::memcpy(&mask, words + 8 * plane, sizeof mask);
+        sum = _mm512_mask_add_epi8(sum, mask, sum, _mm512_set1_epi8(static_cast<char>(1 << (bits - 1 - plane))));
+      }
+      _mm512_storeu_si512(codes, sum);
+    }
+  }
+
+  template <int Rows>
+  static void accumulate(const Segment& segment, const ActivationSegment& x, float* sums) {
+    __m512i totals[Rows];
+#pragma GCC unroll 16
+    for (int b = 0; b < Rows; ++b) totals[b] = _mm512_set1_epi32(x.negative_sum[b] * (1 << segment.shift));
+    const int8_t* q = x.codes;
+    for (int64_t quad = 0; quad < segment.quads; ++quad, q += Rows * kQuad) {
+      const __m512i w = _mm512_load_si512(segment.codes + quad * kCodesPerQuad);
+      const __m512i even = _mm512_and_si512(w, _mm512_set1_epi16(0xff)), odd = _mm512_srli_epi16(w, 8);
+#pragma GCC unroll 16
+      for (int b = 0; b < Rows; ++b) {
+        int four;
+        std::memcpy(&four, q + b * kQuad, sizeof four);
+        const __m512i v = _mm512_set1_epi32(four);
+        const __m512i low = _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8));
+        const __m512i high = _mm512_madd_epi16(odd, _mm512_srai_epi16(v, 8));
+        totals[b] = _mm512_add_epi32(totals[b], _mm512_add_epi32(low, high));
+      }
+    }
+    const __m512 scale = _mm512_load_ps(segment.grid->scale), centre = _mm512_load_ps(segment.grid->centre);
+#pragma GCC unroll 16
+    for (int b = 0; b < Rows; ++b) {
+      __m512 sum = _mm512_loadu_ps(sums + b * kTileRows);
+      sum = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b])), _mm512_cvtepi32_ps(totals[b]), sum);
+      if (x.sum) sum = _mm512_fmadd_ps(centre, _mm512_set1_ps(x.sum[b]), sum);
+      _mm512_storeu_ps(sums + b * kTileRows, sum);
+    }
+  }
+};
+
+}  // namespace
+
+const Isa kAvx512{"avx512", dot<Avx512>, Avx512::unpack};
+
+}  // namespace kbit
+
+#endif

@@ -1,0 +1,192 @@
+// AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Zen 4 and later): four instructions for 64 weights, at any number of bits.
+//
+// vpermb spreads the bytes of the words so that each 8-byte lane holds one byte of every word; vgf2p8affineqb transposes its
+// 8 x 8 bits into 8 codes; vpdpbusd multiplies them with 4 activations. Each 4-byte lane is a row, so no sum crosses lanes.
+#include "isa.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__)
+
+#include <immintrin.h>
+
+#include "dot.h"
+
+namespace kbit {
+namespace {
+
+class Unpacker {
+ public:
+  explicit Unpacker(int bits) {
+    alignas(64) uint8_t source[64] = {};
+    for (int lane = 0; lane < 8; ++lane) {
+      for (int plane = 0; plane < bits; ++plane) {
+        const int byte = lane * 8 + 8 - bits + plane;  // as a matrix, byte 7 of a lane gives bit 0 of the codes
+        source[byte] = static_cast<uint8_t>(plane * 8 + lane);
+        used_ |= 1ull << byte;
+      }
+    }
+    source_ = _mm512_load_si512(source);
+  }
+
+  // Loads of the words alone, where a vector holds more: they cross fewer cache lines.
+  template <int Bytes>
+  __m512i codes(const uint8_t* words) const {
+    const __m512i matrix = _mm512_maskz_permutexvar_epi8(used_, source_, load<Bytes>(words));
+    return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), matrix, 0);
+  }
+
+ private:
+  template <int Bytes>
+  static __m512i load(const uint8_t* words) {
+    if constexpr (Bytes == 8) return _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)));
+    if constexpr (Bytes == 16) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+    if constexpr (Bytes == 32) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)));
+    return _mm512_loadu_si512(words);
+  }
+
+  __m512i source_;
+  __mmask64 used_ = 0;
+};
+
+inline int load_quad(const int8_t* codes) {
+  int quad;
+  std::memcpy(&quad, codes, 4);
+  return quad;
+}
+
+struct Avx512Vnni {
+  static void unpack(const uint8_t* words, int bits, int64_t quads, uint8_t* codes) {
+    const Unpacker unpacker(bits);
+    for (int64_t quad = 0; quad < quads; ++quad) {
+      _mm512_storeu_si512(codes + quad * kCodesPerQuad, unpacker.codes<64>(words + quad * 8 * bits));
+    }
+  }
+
+  template <int Rows>
+  static void accumulate(const Segment& segment, const ActivationSegment& x, float* sums) {
+    __m512i totals[Rows];
+    const __m128i shift = _mm_cvtsi32_si128(segment.shift);
+#pragma GCC unroll 16
+    for (int b = 0; b < Rows; ++b) totals[b] = _mm512_sll_epi32(_mm512_set1_epi32(x.negative_sum[b]), shift);
+    const int8_t* q = x.codes;
+    for (int64_t quad = 0; quad < segment.quads; ++quad, q += Rows * kQuad) {
+      const __m512i w = _mm512_load_si512(segment.codes + quad * kCodesPerQuad);
+#pragma GCC unroll 16
+      for (int b = 0; b < Rows; ++b) {
+        // Compilers load the four activations by an instruction of its own and spill the sums; here the load is free.
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(totals[b]) : "v"(w), "m"(*reinterpret_cast<const int(*)[1]>(q + b * kQuad)));
+      }
+    }
+    const __m512 scale = _mm512_load_ps(segment.grid->scale), centre = _mm512_load_ps(segment.grid->centre);
+#pragma GCC unroll 16
+    for (int b = 0; b < Rows; ++b) {
+      __m512 sum = _mm512_loadu_ps(sums + b * kTileRows);
+      sum = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b])), _mm512_cvtepi32_ps(totals[b]), sum);
+      if (x.sum) sum = _mm512_fmadd_ps(centre, _mm512_set1_ps(x.sum[b]), sum);
+      _mm512_storeu_ps(sums + b * kTileRows, sum);
+    }
+  }
+};
+
+constexpr int64_t kAhead = 1024;  // bytes that the weight is prefetched ahead of its use
+
+// Few rows of x: the codes go from the unpacking straight into the products, and the sums stay in registers.
+template <int Rows, int Bytes>
+void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+  constexpr int kChains = Rows == 1 ? 2 : 1;  // more than one, since a product waits for the one before it in its chain
+  const Unpacker unpacker(weight.bits);
+  const __m128i shift = _mm_cvtsi32_si128(weight.bits - 1);
+  const __m512 middle = _mm512_set1_ps(static_cast<float>(1 << (weight.bits - 1)));
+  const int64_t step = 8 * weight.bits;
+  const uint8_t* words = block + weight.grid_bytes;
+  const uint8_t* offsets = block + weight.groups * kTileRows * 2;
+  const int8_t* q = x.codes;
+  __m512 total[Rows];
+#pragma GCC unroll 4
+  for (int b = 0; b < Rows; ++b) total[b] = _mm512_setzero_ps();
+  int64_t segment = 0;
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + group * 32)));
+    __m512 centre = _mm512_setzero_ps();
+    if (!weight.symmetric) {
+      const __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets + group * 32)));
+      centre = _mm512_fmadd_ps(scale, middle, offset);
+    } else if (weight.bits == 1) {
+      centre = _mm512_mul_ps(scale, _mm512_set1_ps(0.5f));
+    }
+    for (int64_t left = weight.quads_of(group); left > 0; ++segment) {
+      const int64_t quads = left < kSegmentQuads ? left : kSegmentQuads;
+      left -= quads;
+      __m512i part[kChains][Rows];
+#pragma GCC unroll 4
+      for (int b = 0; b < Rows; ++b) {
+        part[0][b] = _mm512_sll_epi32(_mm512_set1_epi32(x.negative_sum[segment * Rows + b]), shift);
+        if constexpr (kChains == 2) part[1][b] = _mm512_setzero_si512();
+      }
+      int64_t quad = 0;
+      for (; quad + kChains <= quads; quad += kChains) {
+        _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead, _MM_HINT_T0);
+        if constexpr (kChains * Bytes > 64) _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead + 64, _MM_HINT_T0);
+#pragma GCC unroll 2
+        for (int chain = 0; chain < kChains; ++chain) {
+          const __m512i w = unpacker.codes<Bytes>(words);
+          words += step;
+#pragma GCC unroll 4
+          for (int b = 0; b < Rows; ++b) {
+            part[chain][b] = _mm512_dpbusd_epi32(part[chain][b], w, _mm512_set1_epi32(load_quad(q + b * kQuad)));
+          }
+          q += Rows * kQuad;
+        }
+      }
+      if (kChains == 2 && quad < quads) {
+        part[0][0] = _mm512_dpbusd_epi32(part[0][0], unpacker.codes<Bytes>(words), _mm512_set1_epi32(load_quad(q)));
+        words += step;
+        q += kQuad;
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < Rows; ++b) {
+        if constexpr (kChains == 2) part[0][b] = _mm512_add_epi32(part[0][b], part[1][b]);
+        const __m512 step_size = _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[segment * Rows + b]));
+        total[b] = _mm512_fmadd_ps(step_size, _mm512_cvtepi32_ps(part[0][b]), total[b]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < Rows; ++b) {
+      total[b] = _mm512_fmadd_ps(centre, _mm512_set1_ps(x.sum[group * Rows + b]), total[b]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < Rows; ++b) _mm512_storeu_ps(sums + b * kTileRows, total[b]);
+}
+
+template <int Rows>
+void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+  switch (weight.bits) {
+    case 1: return dot_few<Rows, 8>(weight, block, x, sums);
+    case 2: return dot_few<Rows, 16>(weight, block, x, sums);
+    case 3:
+    case 4: return dot_few<Rows, 32>(weight, block, x, sums);
+    default: return dot_few<Rows, 64>(weight, block, x, sums);
+  }
+}
+
+void dot_avx512vnni(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count,
+                    float* sums) {
+  if (count == 1) {
+    switch (blocks->rows) {
+      case 1: return dot_few<1>(weight, weight.block(row_block), *blocks, sums);
+      case 2: return dot_few<2>(weight, weight.block(row_block), *blocks, sums);
+      case 3: return dot_few<3>(weight, weight.block(row_block), *blocks, sums);
+      case 4: return dot_few<4>(weight, weight.block(row_block), *blocks, sums);
+      default: break;
+    }
+  }
+  dot<Avx512Vnni>(weight, row_block, blocks, count, sums);
+}
+
+}  // namespace
+
+const Isa kAvx512Vnni{"avx512vnni", dot_avx512vnni, Avx512Vnni::unpack};
+
+}  // namespace kbit
+
+#endif

@@ -1,0 +1,98 @@
+// The layout in which the CPU kernels read a packed weight: one buffer, tiles of 16 rows.
+//
+// A weight [N, K] is cut into row blocks of 16 rows. In a row block, 4 columns of the 16 rows are a quad: 64 codes, stored as
+// `bits` words of 8 bytes, most significant bit first; bit 4 * row + column of a word belongs to the code of that row and
+// column. So a word is an AVX-512 byte mask as it stands, and 8 codes lie in one byte of each word, ready for a transposition
+// of 8 x 8 bits. Groups start at quads of their own, and what lies past N, K or a group's end is zero.
+//
+//   header, 64 bytes
+//   row block 0: scale float16 [groups][16], offset float16 [groups][16] (not when symmetric), words [quads][bits], padding
+//   row block 1: ...
+//   64 bytes that loads of whole vectors may touch
+//
+// No include of torch or of the standard library's templates: files for other instruction sets than the machine's read this.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace kbit {
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kQuad = 4;
+inline constexpr int64_t kCodesPerQuad = kTileRows * kQuad;
+inline constexpr int64_t kSegmentQuads = 32;  // 128 columns: at most so many share a scale of activations
+inline constexpr int64_t kHeaderBytes = 64;
+inline constexpr int64_t kTailBytes = 64;
+inline constexpr uint32_t kMagic = 0x3154424b;  // "KBT1"
+
+struct TiledHeader {
+  uint32_t magic;
+  uint8_t bits;       // 1..8
+  uint8_t symmetric;  // 0 or 1
+  uint16_t reserved;
+  float global_scale;
+  uint32_t padding;
+  int64_t rows, columns, group_size;
+};
+static_assert(sizeof(TiledHeader) <= kHeaderBytes);
+
+static inline int64_t ceil_div(int64_t value, int64_t divisor) { return value / divisor + (value % divisor != 0); }
+
+// Where things lie: follows from what the header says.
+struct TiledLayout {
+  int bits = 1;
+  bool symmetric = false;
+  int64_t rows = 0, columns = 0, group_size = 1;
+  int64_t groups = 0, group_quads = 1, quads = 0, row_blocks = 0, grid_bytes = 0, block_bytes = 0;
+
+  TiledLayout() = default;
+  TiledLayout(int bits_, bool symmetric_, int64_t rows_, int64_t columns_, int64_t group_size_)
+      : bits(bits_), symmetric(symmetric_), rows(rows_), columns(columns_), group_size(group_size_) {
+    groups = ceil_div(columns, group_size);
+    group_quads = ceil_div(group_size, kQuad);
+    quads = groups ? (groups - 1) * group_quads + ceil_div(columns - (groups - 1) * group_size, kQuad) : 0;
+    row_blocks = ceil_div(rows, kTileRows);
+    grid_bytes = groups * kTileRows * 2 * (symmetric ? 1 : 2);
+    block_bytes = (grid_bytes + quads * 8 * bits + 63) / 64 * 64;
+  }
+
+  int64_t nbytes() const { return kHeaderBytes + row_blocks * block_bytes + kTailBytes; }
+  int64_t quads_of(int64_t group) const {
+    const int64_t left = quads - group * group_quads;
+    return left < group_quads ? left : group_quads;
+  }
+};
+
+// A packed weight as the kernels see it.
+struct TiledWeight : TiledLayout {
+  const uint8_t* data = nullptr;  // the first row block
+  float global_scale = 1;
+
+  const uint8_t* block(int64_t row_block) const { return data + row_block * block_bytes; }
+};
+
+// The activations of up to kActivationRows rows, quantized to 8 bits per segment: at most 128 columns of one group.
+inline constexpr int kActivationRows = 16;
+
+struct ActivationBlock {
+  int rows;
+  const int8_t* codes;          // [quads][rows][4], zero where the weight has padding
+  const float* scale;           // [segments][rows]
+  const int32_t* negative_sum;  // [segments][rows]: minus the sum of the codes
+  const float* sum;             // [groups][rows]: the sum of scale * code
+};
+
+// sums[row of x][16] = W[row block] @ x without the global scale, for the rows of `count` blocks, one after the other.
+using DotKernel = void (*)(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count,
+                           float* sums);
+// The codes of `quads` quads: [quads][16 rows][4 columns].
+using UnpackKernel = void (*)(const uint8_t* words, int bits, int64_t quads, uint8_t* codes);
+
+struct Isa {
+  const char* name;
+  DotKernel dot;
+  UnpackKernel unpack;
+};
+
+}  // namespace kbit

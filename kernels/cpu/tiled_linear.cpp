@@ -1,0 +1,158 @@
+#include "tiled_linear.h"
+
+#include <algorithm>
+
+#include <ATen/Parallel.h>
+
+#include "dequantize.h"
+#include "isa.h"
+
+namespace kbit {
+namespace {
+
+constexpr int64_t kGrain = 1 << 16;       // multiply-adds worth handing to another thread
+constexpr int64_t kChunkRows = 8 * kActivationRows;  // digit rows of x that one unpacked segment serves: their sums fit L1
+
+// What is left to do with the sums of 16 rows of a weight.
+class Epilogue {
+ public:
+  Epilogue(const TiledProblem& problem, int digits) : problem_(problem), digits_(digits) {
+    for (const TiledWeight& weight : problem.weights) width_ += weight.rows;
+    if (problem.gated) width_ /= 2;
+  }
+
+  // Finishes `count` rows of x from `row` on and 16 columns of the result from `column` on: those of `weight`'s row block.
+  // `gate` are the sums of the gate in a gated problem, `sums` those of what it gates.
+  void store(int64_t row, int64_t count, int64_t row_block, size_t weight, int64_t column, const float* sums,
+             const float* gate) const {
+    with_type(problem_.x.dtype, [&](auto* type) {
+      using T = std::decay_t<decltype(*type)>;
+      const int64_t valid = std::min<int64_t>(kTileRows, problem_.weights[weight].rows - row_block * kTileRows);
+      T* out = static_cast<T*>(problem_.y) + row * width_ + column;
+      const T* residual = problem_.residual ? static_cast<const T*>(problem_.residual) + row * width_ + column : nullptr;
+      const Floats bias = bias_of(weight, row_block, valid), gate_bias = gate ? bias_of(0, row_block, valid) : Floats{};
+      for (int64_t r = 0; r < count; ++r, out += width_) {
+        Floats v = sum_digits(sums + r * digits_ * kTileRows) * problem_.weights[weight].global_scale + bias;
+        if (gate) {
+          const Floats g = sum_digits(gate + r * digits_ * kTileRows) * problem_.weights[0].global_scale + gate_bias;
+          v *= apply(problem_.activation, g);
+        } else {
+          v = apply(problem_.activation, v);
+        }
+        for (int64_t i = 0; i < valid; ++i) {
+          out[i] = static_cast<T>(residual ? v[i] + static_cast<float>(residual[i]) : v[i]);
+        }
+        if (residual) residual += width_;
+      }
+    });
+  }
+
+  // The float sums of one row of x, for a row that has no codes.
+  int64_t width() const { return width_; }
+
+ private:
+  Floats sum_digits(const float* sums) const {
+    Floats total{};
+    for (int d = 0; d < digits_; ++d) {
+      Floats part;
+      std::memcpy(&part, sums + d * kTileRows, sizeof part);
+      total += part;
+    }
+    return total;
+  }
+
+  Floats bias_of(size_t weight, int64_t row_block, int64_t valid) const {
+    alignas(64) float values[kTileRows] = {};
+    const Bias& bias = problem_.biases[weight];
+    if (bias.data) {
+      with_type(bias.dtype, [&](auto* type) {
+        const auto* source = static_cast<decltype(type)>(const_cast<void*>(bias.data)) + row_block * kTileRows;
+        for (int64_t i = 0; i < valid; ++i) values[i] = static_cast<float>(source[i]);
+      });
+    }
+    Floats result;
+    std::memcpy(&result, values, sizeof result);
+    return result;
+  }
+
+  const TiledProblem& problem_;
+  int digits_;
+  int64_t width_ = 0;
+};
+
+// The row blocks of all weights in one row; a gate and what it gates go together.
+struct Task {
+  size_t weight;
+  int64_t row_block, column;
+};
+
+Task task_of(const TiledProblem& problem, int64_t index) {
+  if (problem.gated) return {1, index, index * kTileRows};
+  int64_t column = 0;
+  for (size_t w = 0;; ++w) {
+    const TiledWeight& weight = problem.weights[w];
+    if (index < weight.row_blocks) return {w, index, column + index * kTileRows};
+    index -= weight.row_blocks;
+    column += weight.rows;
+  }
+}
+
+// A row of x that is not all finite, as a float product gives it.
+void float_row(const TiledWeight& weight, int64_t row_block, const float* x, float* sums) {
+  std::vector<float> w(weight.columns);
+  const int64_t valid = std::min<int64_t>(kTileRows, weight.rows - row_block * kTileRows);
+  for (int64_t r = 0; r < valid; ++r) {
+    dequantize_row(weight, row_block * kTileRows + r, w.data());
+    float total = 0;
+    for (int64_t c = 0; c < weight.columns; ++c) total += x[c] * w[c];
+    sums[r] = total;
+  }
+}
+
+}  // namespace
+
+void tiled_linear(const TiledProblem& problem) {
+  const TiledLayout& layout = problem.weights.front();
+  const Activations x(problem.x, layout, problem.activation_bits);
+  const int digits = x.digits();
+  const Epilogue epilogue(problem, digits);
+  const DotKernel dot = isa().dot;
+  const int64_t chunk_blocks = kChunkRows / kActivationRows;
+  const int64_t chunks = ceil_div(static_cast<int64_t>(x.blocks().size()), chunk_blocks);
+  int64_t tasks = 0;
+  for (const TiledWeight& weight : problem.weights) tasks += weight.row_blocks;
+  if (problem.gated) tasks /= 2;
+
+  const int64_t work = kTileRows * (layout.columns + 1) * std::min<int64_t>(x.rows() * digits, kChunkRows);
+  // A chunk of x stays in the L2 cache while the weight streams past.
+  at::parallel_for(0, tasks * chunks, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+    alignas(64) float sums[kChunkRows * kTileRows];
+    alignas(64) float gate[kChunkRows * kTileRows];
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t chunk = index / tasks, first = chunk * chunk_blocks;
+      const int64_t count = std::min<int64_t>(chunk_blocks, static_cast<int64_t>(x.blocks().size()) - first);
+      const Task task = task_of(problem, index % tasks);
+      dot(problem.weights[task.weight], task.row_block, x.blocks().data() + first, count, sums);
+      if (problem.gated) dot(problem.weights[0], task.row_block, x.blocks().data() + first, count, gate);
+      const int64_t row = first * x.rows_per_block();
+      const int64_t rows = std::min(count * x.rows_per_block(), x.rows() - row);
+      epilogue.store(row, rows, task.row_block, task.weight, task.column, sums, problem.gated ? gate : nullptr);
+    }
+  });
+
+  for (const int64_t row : x.not_finite()) {
+    std::vector<float> values(layout.columns);
+    Activations::row(problem.x, layout.columns, row, values.data());
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float sums[3 * kTileRows] = {}, gate[3 * kTileRows] = {};
+      for (int64_t index = begin; index < end; ++index) {
+        const Task task = task_of(problem, index);
+        float_row(problem.weights[task.weight], task.row_block, values.data(), sums);
+        if (problem.gated) float_row(problem.weights[0], task.row_block, values.data(), gate);
+        epilogue.store(row, 1, task.row_block, task.weight, task.column, sums, problem.gated ? gate : nullptr);
+      }
+    });
+  }
+}
+
+}  // namespace kbit

@@ -1,0 +1,45 @@
+// Products of activations and packed weights, with what comes before and after them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "activation.h"
+#include "activations.h"
+#include "tiled.h"
+#include "dtype.h"
+
+namespace kbit {
+
+struct Bias {
+  const void* data = nullptr;  // [N] of `dtype`, or null
+  Dtype dtype = Dtype::Float32;
+};
+
+struct TiledProblem {
+  ActivationSource x;
+  // Of the same columns and group size. Their results stand side by side, in this order; with `gated` there are two of the same
+  // rows, and the result is activation(first) * second.
+  std::vector<TiledWeight> weights;
+  std::vector<Bias> biases;  // one for each weight
+  int activation_bits;       // 1..8, 16 or 24
+  Activation activation = Activation::None;
+  bool gated = false;
+  const void* residual = nullptr;  // like y, added last; or null
+  void* y = nullptr;               // [rows of x, all N] of x's dtype, contiguous
+};
+
+// y = residual + activation(norm(x) @ W.T + bias), or with the gate's product in place of the activation.
+void tiled_linear(const TiledProblem& problem);
+
+// out [count, K] of `dtype` = rows `indices` of the table, each below weight.rows (unchecked).
+void tiled_embedding(const TiledWeight& weight, const int64_t* indices, int64_t count, void* out, Dtype dtype);
+
+// out [end - begin, K] = rows begin .. end in float32, rounded once.
+void tiled_dequantize(const TiledWeight& weight, int64_t begin, int64_t end, float* out);
+
+// Codes [N, K] below 2 ** bits, scale and offset float16 [N, groups] to the row blocks at `blocks`, and back. No offset: null.
+void tile(const TiledLayout& layout, const uint8_t* codes, const uint16_t* scale, const uint16_t* offset, uint8_t* blocks);
+void untile(const TiledWeight& weight, uint8_t* codes, uint16_t* scale, uint16_t* offset);
+
+}  // namespace kbit

@@ -1,0 +1,122 @@
+"""Schemas, fake implementations and derivatives of the operators on the CPU.
+
+Their implementations register themselves when the compiled library is loaded. A packed weight is one uint8 tensor, laid out as
+``kernels/cpu/tiled.h`` says. Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbit_inductor.lowering.ops import GRADIENT_CHUNK
+
+SCHEMAS = {
+    # activation_bits: 1 to 8, or 16 for a block floating point as exact as the dtype of x.
+    "linear_cpu": "(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits) -> Tensor",
+    # residual + activation(rms_norm(x) @ W.T + bias), the results of all weights side by side; or, gated, activation(first) * second.
+    "fused_linear_cpu": (
+        "(Tensor x, Tensor? norm_weight, float eps, Tensor[] weights, Tensor?[] biases, int[] rows, str activation, bool gated, "
+        "Tensor? residual, int activation_bits) -> Tensor"
+    ),
+    "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
+    "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
+}
+# Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows;
+# errors is float64 [N, 2], squared error and squared norm of every row in units of global_scale.
+TOOLS = {
+    "quantize_cpu": (
+        "(Tensor weight, float global_scale, int bits, int group_size, bool symmetric, float lowest_shrink, int candidates) "
+        "-> (Tensor codes, Tensor scale, Tensor offset, Tensor errors)"
+    ),
+    "tile_cpu": "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size) -> Tensor",
+    "untile_cpu": "(Tensor weight) -> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale)",
+    "dequantize_cpu": "(Tensor weight, int begin, int end) -> Tensor",
+    "fingerprint": "(Tensor[] tensors) -> int",
+    "isa_cpu": "() -> str",
+    "isas_cpu": "() -> str[]",
+    "force_isa_cpu": "(str name) -> ()",
+}
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation_bits: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _fused_fake(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rows: Sequence[int],
+    activation: str,
+    gated: bool,
+    residual: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(rows) // (2 if gated else 1)))
+
+
+def _embedding_fake(indices: Tensor, weight: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
+    return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, _ = inputs
+    ctx.columns = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the product with the activations as they came: their rounding passes it straight through."""
+    (weight,) = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.kbit.linear_grad_input_cpu(grad, weight, ctx.columns)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return to_x, None, to_bias, None, None
+
+
+def _grad_input(grad: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """``grad @ W`` for ``grad`` ``[..., N]``, with a few rows of ``W`` in float at a time."""
+    rows = grad.shape[-1]
+    total = grad.new_zeros((*grad.shape[:-1], columns), dtype=torch.float32)
+    step = max(1, GRADIENT_CHUNK // max(columns, 1))
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        total += grad[..., start:end].float() @ torch.ops.kbit.dequantize_cpu(weight, start, end)
+    return total.to(grad.dtype)
+
+
+def _grad_input_fake(grad: Tensor, weight: Tensor, columns: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], columns))
+
+
+def _save_gradient_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, weight, _ = inputs
+    ctx.rows = grad.shape[-1]
+    ctx.save_for_backward(weight)
+
+
+def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    return torch.ops.kbit.linear_cpu(grad, weight, None, ctx.rows, 16), None, None
+
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _schema in TOOLS.items():
+    torch.library.define(f"kbit::{_name}", _schema)
+torch.library.register_fake("kbit::linear_cpu", _linear_fake)
+torch.library.register_fake("kbit::fused_linear_cpu", _fused_fake)
+torch.library.register_fake("kbit::embedding_cpu", _embedding_fake)
+torch.library.register_fake("kbit::linear_grad_input_cpu", _grad_input_fake)
+torch.library.impl("kbit::linear_grad_input_cpu", "CPU", _grad_input)
+torch.library.register_autograd("kbit::linear_cpu", _linear_backward, setup_context=_save_operands)
+torch.library.register_autograd("kbit::linear_grad_input_cpu", _grad_input_backward, setup_context=_save_gradient_operands)
