@@ -26,6 +26,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "StorageWeakRef",
+    "below_autograd",
     "copy_graph",
     "graph_breaks",
     "inductor",
@@ -57,6 +58,11 @@ def is_transformed(tensor: Tensor) -> bool:
 def no_modes() -> contextlib.AbstractContextManager[Any]:
     """Leave every dispatch mode, so that real tensors can be worked on while a graph is being compiled."""
     return _disable_current_modes()
+
+
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Call operators without their autograd kernels, which under ``no_grad`` do nothing, but in Python."""
+    return cast("contextlib.AbstractContextManager[Any]", torch._C._AutoDispatchBelowAutograd())
 
 
 def no_size_asserts() -> contextlib.AbstractContextManager[Any]:

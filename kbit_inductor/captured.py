@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kbit_inductor._compat import no_size_asserts
+from kbit_inductor._compat import below_autograd, no_size_asserts
 from kbit_inductor.backend import kbit
 from kbit_inductor.config import Config
 
@@ -76,7 +76,7 @@ class Captured:
         for places, argument in zip(self._places, arguments, strict=False):
             for place in places:
                 called[place] = argument
-        with torch.no_grad():
+        with torch.no_grad(), below_autograd():
             (result,) = self._compiled(*called)
         return result  # type: ignore[no-any-return]
 
