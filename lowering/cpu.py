@@ -17,12 +17,14 @@ from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 SCHEMAS = {
     # activation_bits: 1 to 8, or 16 for a block floating point as exact as the dtype of x.
     "linear_cpu": "(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits) -> Tensor",
-    # residual + activation(rms_norm(x) @ W.T + bias), the results of all weights side by side; or, gated, activation(first) * second.
+    # residual + activation(rms_norm(x) @ W.T + bias), all weights' side by side; or, gated, activation(first) * second.
     "fused_linear_cpu": (
         "(Tensor x, Tensor? norm_weight, float eps, Tensor[] weights, Tensor?[] biases, int[] rows, str activation, bool gated, "
         "Tensor? residual, int activation_bits) -> Tensor"
     ),
     "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
+    # Attention of a few queries over a long cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
+    "decode_attention_cpu": "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
     "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
 }
 # Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows;
@@ -63,6 +65,10 @@ def _fused_fake(
 
 def _embedding_fake(indices: Tensor, weight: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
     return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -116,6 +122,7 @@ for _name, _schema in TOOLS.items():
 torch.library.register_fake("kbit::linear_cpu", _linear_fake)
 torch.library.register_fake("kbit::fused_linear_cpu", _fused_fake)
 torch.library.register_fake("kbit::embedding_cpu", _embedding_fake)
+torch.library.register_fake("kbit::decode_attention_cpu", _attention_fake)
 torch.library.register_fake("kbit::linear_grad_input_cpu", _grad_input_fake)
 torch.library.impl("kbit::linear_grad_input_cpu", "CPU", _grad_input)
 torch.library.register_autograd("kbit::linear_cpu", _linear_backward, setup_context=_save_operands)

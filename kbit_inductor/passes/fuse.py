@@ -25,6 +25,8 @@ from kbit_inductor.passes.lower import Lowered
 aten = torch.ops.aten
 LINEAR = torch.ops.kbit.linear_cpu.default
 FUSED = torch.ops.kbit.fused_linear_cpu.default
+ATTENTION = torch.ops.kbit.decode_attention_cpu.default
+DECODE_QUERIES = 8  # so many queries at most are a decoding step
 ADD = (operator.add, operator.iadd, torch.add, "add", aten.add.Tensor)
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", aten.mul.Tensor)
 CASTS = ("to", "float", "type_as", aten._to_copy.default)
@@ -52,8 +54,8 @@ class Call:
 
     @classmethod
     def of(cls, node: Any) -> Call | None:
-        """The call that ``node`` is, or None."""
-        if not isinstance(node, fx.Node) or node.target is not FUSED:
+        """The call that ``node`` is, if what it reads and gives is written to by nothing: only then may it move."""
+        if not isinstance(node, fx.Node) or node.target is not FUSED or not (_is_constant(node) and _is_constant(node.args[0])):
             return None
         return cls(*(list(a) if isinstance(a, (list, tuple)) else a for a in node.args))  # type: ignore[arg-type]
 
@@ -79,7 +81,8 @@ def fuse(context: Context, lowered: Lowered) -> Counter[str]:
         fusion.residual(node)
     for node in list(context.graph.nodes):
         fusion.norm(node)
-    fusion.end()
+    for node in list(context.graph.nodes):
+        fusion.attention(node)
     return done
 
 
@@ -93,7 +96,7 @@ class _Fusion:
     def call(self, call: Call, meta_of: fx.Node, value: Any) -> fx.Node:
         """A new node for ``call`` at the insertion point, whose result is like ``value``."""
         node = self.graph.call_function(FUSED, tuple(vars(call).values()))
-        node.meta = {**meta_of.meta, VALUE: value}
+        node.meta = {**meta_of.meta, VALUE: value} if value is not None else dict(meta_of.meta)
         return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -111,22 +114,9 @@ class _Fusion:
         """Every product as a call of the fused operator that fuses nothing."""
         for node in self.graph.find_nodes(op="call_function", target=LINEAR):
             x, weight, bias, rows, bits = node.args
-            if not (_is_constant(node) and _is_constant(x)):
-                continue
             call = Call(x, None, 0.0, [weight], [bias], [rows], "", False, None, bits)
             with self.graph.inserting_before(node):
-                self.replace(node, self.call(call, node, node.meta[VALUE]))
-
-    def end(self) -> None:
-        """Back to the plain operator where nothing was fused: it is the simpler one."""
-        for node in self.graph.find_nodes(op="call_function", target=FUSED):
-            call = Call.of(node)
-            if call is not None and call.plain and call.norm_weight is None and len(call.weights) == 1:
-                with self.graph.inserting_before(node):
-                    args = (call.x, call.weights[0], call.biases[0], call.rows[0], call.activation_bits)
-                    plain = self.graph.call_function(LINEAR, args)
-                plain.meta = dict(node.meta)
-                self.replace(node, plain)
+                self.replace(node, self.call(call, node, node.meta.get(VALUE)))
 
     # q/k/v, gate/up: products of one x become one call, whose result is split.
     def merge_siblings(self) -> None:
@@ -251,6 +241,43 @@ class _Fusion:
             self.replace(node, self.call(call, node, node.meta[VALUE]))
         _erase_dead(self.graph, normed)
         self.done["norm"] += 1
+
+    # Attention of a few queries over a cache: PyTorch's kernel is made for many.
+    def attention(self, node: fx.Node) -> None:
+        if node.target is not functional.scaled_dot_product_attention:
+            return
+        call = _attention_call(node)
+        if call is not None:
+            with self.graph.inserting_before(node):
+                created = self.graph.call_function(ATTENTION, call)
+            created.meta = dict(node.meta)
+            self.replace(node, created)
+            self.done["attention"] += 1
+
+
+def _attention_call(node: fx.Node) -> tuple[Any, ...] | None:
+    """The arguments of ``decode_attention_cpu`` that give what the scaled dot product ``node`` gives, or None."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    values = [given[name].meta.get(VALUE) for name in names[:3]]
+    if given.get("dropout_p") or not all(isinstance(v, Tensor) and v.dim() == 4 and v.device.type == "cpu" for v in values):
+        return None
+    query, key, value = values
+    queries = query.shape[2]
+    if not isinstance(queries, int) or queries > DECODE_QUERIES or not query.dtype == key.dtype == value.dtype:
+        return None
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or given.get("is_causal"):
+        return None
+    if any(not isinstance(tensor.shape[i], int) for tensor in values for i in (1, 3)):
+        return None
+    shares = query.shape[1] != key.shape[1]
+    if (shares and not given.get("enable_gqa")) or key.shape[1] != value.shape[1]:
+        return None
+    mask = given.get("attn_mask")
+    if mask is not None and mask.meta[VALUE].dtype not in (torch.bool, query.dtype):
+        return None
+    scale = given.get("scale")
+    return given["query"], given["key"], given["value"], mask, query.shape[3] ** -0.5 if scale is None else scale
 
 
 def _activation(node: Any) -> str | None:

@@ -13,6 +13,7 @@
 #include <c10/util/hash.h>
 #include <torch/library.h>
 
+#include "attention.h"
 #include "isa.h"
 #include "packed_memory.h"
 #include "quantize.h"
@@ -188,6 +189,49 @@ Tensor embedding_cpu(const Tensor& indices, const Tensor& packed, int64_t embedd
   return out;
 }
 
+HeadStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+// [B, H, rows, columns] whose rows lie in one piece each.
+Tensor heads(const Tensor& tensor, const char* name, at::ScalarType type) {
+  TORCH_CHECK(tensor.device().is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == type, name,
+              " must be a CPU tensor [B, H, L, D] of ", type, ", got ", tensor.sizes(), " of ", tensor.scalar_type());
+  return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : tensor.contiguous();
+}
+
+Tensor decode_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+                            double scale) {
+  const at::ScalarType type = query.scalar_type();
+  AttentionProblem p;
+  p.dtype = dtype_of(type, "query");
+  const Tensor q = heads(query, "query", type), k = heads(key, "key", type), v = heads(value, "value", type);
+  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.size = q.size(3);
+  p.length = k.size(2), p.value_size = v.size(3);
+  TORCH_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && k.size(3) == p.size && v.size(1) == k.size(1) &&
+                  v.size(2) == p.length,
+              "query ", q.sizes(), ", key ", k.sizes(), " and value ", v.sizes(), " do not fit together");
+  TORCH_CHECK(p.heads == 0 || (k.size(1) > 0 && p.heads % k.size(1) == 0), "the ", p.heads,
+              " heads of query are no multiple of the ", k.size(1), " of key");
+  p.group = p.heads ? p.heads / k.size(1) : 1;
+  Tensor expanded;
+  if (mask) {
+    TORCH_CHECK(mask->device().is_cpu() && (mask->scalar_type() == at::kBool || mask->scalar_type() == type),
+                "mask must be bool or of the dtype of query, got ", mask->scalar_type());
+    expanded = mask->expand({p.batch, p.heads, p.queries, p.length});
+    p.mask_type = mask->scalar_type() == at::kBool ? MaskType::Bool : MaskType::Like;
+    p.mask = expanded.const_data_ptr();
+    p.mask_strides = strides_of(expanded);
+    p.mask_column = expanded.stride(3);
+  }
+  Tensor out = at::empty({p.batch, p.heads, p.queries, p.value_size}, query.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+  p.q_strides = strides_of(q), p.k_strides = strides_of(k), p.v_strides = strides_of(v);
+  p.scale = static_cast<float>(scale);
+  p.out = out.mutable_data_ptr();
+  decode_attention(p);
+  return out;
+}
+
 Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
   const TiledWeight weight = tiled_weight(packed);
   TORCH_CHECK(begin >= 0 && begin <= end && end <= weight.rows, "rows ", begin, " to ", end, " are not among the ", weight.rows);
@@ -290,10 +334,18 @@ TORCH_LIBRARY_IMPL(kbit, CompositeImplicitAutograd, m) {
   m.impl("force_isa_cpu", force_isa_cpu);
 }
 
+// Without derivatives of their own, operators would pass through a fallback that costs as much as a small product.
+TORCH_LIBRARY_IMPL(kbit, Autograd, m) {
+  for (const char* name : {"fused_linear_cpu", "embedding_cpu", "decode_attention_cpu"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
 TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("linear_cpu", linear_cpu);
   m.impl("fused_linear_cpu", fused_linear_cpu);
   m.impl("embedding_cpu", embedding_cpu);
+  m.impl("decode_attention_cpu", decode_attention_cpu);
   m.impl("dequantize_cpu", dequantize_cpu);
   m.impl("tile_cpu", tile_cpu);
   m.impl("untile_cpu", untile_cpu);
