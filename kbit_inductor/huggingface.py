@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kbit_inductor.errors import NotACausalLMError
+from kbit_inductor.errors import NotACausalLMError, UncapturableModelError
 
 NAME = "kbit_generator"  # of the attention below, in transformers' tables
 Buffers = list[tuple[Tensor, Tensor]]
@@ -104,7 +104,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check(model: Any) -> None:
-    """Raise NotACausalLMError where ``model`` cannot generate text token by token."""
+    """Raise NotACausalLMError where ``model`` writes no text, UncapturableModelError where it does in a way of its own."""
     what = "give a causal language model of transformers, as AutoModelForCausalLM.from_pretrained(…) returns"
     if not isinstance(model, PreTrainedModel):
         raise NotACausalLMError(f"the model is a {type(model).__name__}; {what}")
@@ -113,7 +113,9 @@ def check(model: Any) -> None:
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise NotACausalLMError(f"{type(model).__name__} has no head that predicts tokens; {what}")
     if not model._supports_sdpa:
-        raise NotACausalLMError(f"{type(model).__name__} has an attention of its own, without torch's SDPA; use model.generate")
+        raise UncapturableModelError(
+            f"{type(model).__name__} has an attention of its own, without torch's SDPA; use model.generate"
+        )
 
 
 def text_config(model: Any) -> Any:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
 
 import kbit_inductor as kbit
 from kbit_inductor.captured import Captured
@@ -105,6 +105,16 @@ def test_rows_padded_on_the_left() -> None:
     text = generator.generate(ids, eos_token_id=ends)
     assert torch.equal(text, greedy(oracle, ids, eos_token_id=ends))
     assert graphs() - before == 2
+
+
+def test_a_sliding_window() -> None:
+    sizes = models.decoder(sliding_window=8, initializer_range=0.2, num_hidden_layers=1, eos_token_id=None)
+    model = models.with_biases(MistralForCausalLM(MistralConfig(**sizes))).eval().requires_grad_(False)
+    generator = kbit.Generator(model, MAX_LENGTH, OPTIONS)
+    oracle = dequantized_copy(model)
+    for tokens in (2, 20):  # shorter and longer than the window
+        ids = prompt(tokens)
+        assert torch.equal(generator.generate(ids), greedy(oracle, ids))
 
 
 def test_padding_of_a_single_row_is_cut_off(generator: kbit.Generator) -> None:
@@ -343,6 +353,11 @@ def test_mistakes_in_making() -> None:
 def test_models_that_write_no_text(model: Any, says: str) -> None:
     with pytest.raises(kbit.NotACausalLMError, match=says):
         kbit.Generator(model(), MAX_LENGTH)
+
+
+def test_a_model_with_an_attention_of_its_own() -> None:
+    with pytest.raises(kbit.UncapturableModelError, match="SDPA"):
+        kbit.Generator(models.gemma2(), MAX_LENGTH)
 
 
 @pytest.mark.parametrize("trouble", [lambda x: torch._dynamo.graph_break(), lambda x: bool(x.shape[1] > 7)])
