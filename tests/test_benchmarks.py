@@ -49,7 +49,7 @@ def test_contenders_compute_the_layer(one: contender.Contender, rows_of_x: int) 
     assert one.bits <= 8 * copy.nbytes / w.numel() <= one.bits + (0 if one.bits > 8 else 2)
 
 
-@pytest.mark.parametrize("one", [*PEERS, *OURS], ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [*PEERS, *OURS[3::8]], ids=lambda one: one.name)
 @torch.no_grad()
 def test_copies_are_apart(one: contender.Contender) -> None:
     """Two copies on different inputs do not disturb each other, in whatever order they are called."""

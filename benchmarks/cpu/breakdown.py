@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,16 +48,15 @@ def measure(folder: Path, bits: Sequence[int], prompt: Sequence[int], new: int, 
 def _step(generate: generators.Generate, prompt: list[int], new: int) -> dict[str, Any]:
     """A decoded token's seconds, those of each part, and its costliest events."""
     step = statistics.median((_seconds(generate, prompt, new + 1) - _seconds(generate, prompt, 1)) / new for _ in range(5))
-    events = _events(generate, prompt, new + 1)
-    events.subtract(_events(generate, prompt, 1))
-    seconds = {name: total / new for name, total in events.items() if total > 0}
-    parts = Counter({part: 0.0 for part, _ in PARTS})
+    many, one = _events(generate, prompt, new + 1), _events(generate, prompt, 1)
+    seconds = {name: max(0.0, total - one.get(name, 0.0)) / new for name, total in many.items()}
+    parts = {part: 0.0 for part, _ in PARTS}
     for name, value in seconds.items():
         if (part := part_of(name)) is not None:
             parts[part] += value
     parts[REST] = max(0.0, step - sum(parts.values()))
     costliest = sorted(seconds.items(), key=lambda event: -event[1])[:12]
-    return {"seconds": step, "parts": dict(parts), "events": dict(costliest)}
+    return {"seconds": step, "parts": parts, "events": dict(costliest)}
 
 
 def part_of(event: str) -> str | None:
@@ -67,11 +65,11 @@ def part_of(event: str) -> str | None:
     return next((part for part, words in PARTS if any(word in name for word in words)), None)
 
 
-def _events(generate: generators.Generate, prompt: list[int], new: int) -> Counter[str]:
+def _events(generate: generators.Generate, prompt: list[int], new: int) -> dict[str, float]:
     """Seconds that the profiler saw in each event itself, by name."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         generate(prompt, new)
-    return Counter({event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()})
+    return {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
 
 
 def _seconds(generate: generators.Generate, prompt: list[int], new: int) -> float:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Library:
         function = next(getattr(library, f"ggml_{name}") for library in self._libraries if hasattr(library, f"ggml_{name}"))
         function.restype, function.argtypes = result, arguments
         setattr(self, name, function)
-        return function
+        return cast("Callable[..., Any]", function)
 
     def _repacking(self) -> list[int]:
         """The buffer types in which the CPU backend keeps weights in another order: an array that ends with a null."""

@@ -50,8 +50,9 @@ class Greedy:
         _quiet(llama_cpp)
         self.logits: Callable[..., Any] = llama_cpp.llama_get_logits_ith
         # One batch takes the longest prompt whole.
-        size = {"n_ctx": length, "n_batch": length, "n_ubatch": length}
-        self.model = llama_cpp.Llama(str(path), n_threads=threads, n_threads_batch=threads, verbose=False, **size)
+        self.model: Any = llama_cpp.Llama(
+            str(path), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
 
     def __call__(self, tokens: list[int], new: int) -> list[int]:
         """``new`` tokens after ``tokens``, whatever they are."""

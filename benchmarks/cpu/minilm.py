@@ -58,8 +58,8 @@ def read() -> Encoder:
 def tiny() -> Encoder:
     """One of random weights, to try the benchmark on."""
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 2000}
-    return Encoder(BertModel(BertConfig(**size))).eval().requires_grad_(False)
+    config = BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=2000)
+    return Encoder(BertModel(config)).eval().requires_grad_(False)
 
 
 def torch_rows(encoder: Encoder) -> dict[str, Encode]:
@@ -98,10 +98,10 @@ def onnx_rows(encoder: Encoder) -> dict[str, Encode]:
 
 def _export(encoder: Encoder, path: Path) -> None:
     """Write ``encoder`` as an ONNX model for any number of sentences and tokens."""
-    ids = torch.ones(2, 8, dtype=torch.int64)
+    ids, mask = (torch.ones(2, 8, dtype=torch.int64) for _ in range(2))  # one tensor given twice would become one input
     axes = {0: torch.export.Dim("sentences"), 1: torch.export.Dim("tokens")}
     torch.onnx.export(
-        encoder, (ids, ids), path, dynamo=True, dynamic_shapes=(axes, axes), verbose=False, external_data=False,
+        encoder, (ids, mask), path, dynamo=True, dynamic_shapes=(axes, axes), verbose=False, external_data=False,
         input_names=["ids", "mask"], output_names=["vectors"],
     )  # fmt: skip
 
@@ -148,7 +148,8 @@ def similarity(encoder: Encoder, pairs: Sequence[tuple[str, str, float]], say: S
     tokenizer = AutoTokenizer.from_pretrained(folder())
     scores = [score for _, _, score in pairs]
     correlations = {}
-    for name, encode in {"float32": encoder, **kbit_rows(encoder)}.items():
+    rows: dict[str, Encode] = {"float32": encoder, **kbit_rows(encoder)}
+    for name, encode in rows.items():
         say(f"STS-B, {name}")
         vectors = _vectors(encode, tokenizer, [text for pair in pairs for text in pair[:2]])
         cosine = (vectors[0::2] * vectors[1::2]).sum(1)

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cpu import generators, llama
+from cpu.process import Process
 from cpu.timing import Say, silent
 
-WORKER = Path(__file__).with_name("worker.py")
+SECONDS = ("token_seconds", "window_seconds")
+SHOWN = 16
 PAUSE = 0.05  # seconds, for the threads of the last process to fall asleep
 
 
@@ -46,8 +44,8 @@ class Protocol:
 
 
 def variants(bits: Sequence[int]) -> list[str]:
-    """All rows: ours and llama.cpp's in pairs, then torch's."""
-    pairs = [(f"kbit-{k}", f"llama.cpp-{llama.TYPES[k]}") for k in bits if k in llama.TYPES]
+    """All rows: ours, each followed by llama.cpp's with about as many bits, then torch's."""
+    pairs = [[f"kbit-{k}"] + ([f"llama.cpp-{llama.TYPES[k]}"] if k in llama.TYPES else []) for k in bits]
     return [*(variant for pair in pairs for variant in pair), *generators.FLOATS]
 
 
@@ -91,7 +89,7 @@ def measure(folder: Path, rows: Sequence[str], repeats: int, say: Say = silent) 
                 processes[row] = stack.enter_context(Process.start(folder, row, asked.length))
             except (RuntimeError, ImportError) as error:
                 missing.append({"contender": row, "reason": str(error)})
-        answers: dict[str, list[dict[str, float]]] = {row: [] for row in processes}
+        answers: dict[str, list[dict[str, Any]]] = {row: [] for row in processes}
         for number in range(repeats):
             for row, process in processes.items():
                 say(f"{row}: repeat {number + 1} of {repeats}")
@@ -120,67 +118,27 @@ def smollm2_file() -> Path:
     return file
 
 
-class Process:
-    """A worker that can be asked."""
-
-    def __init__(self, process: subprocess.Popen[str], ready: dict[str, int]) -> None:
-        self.process = process
-        self.ready = ready
-
-    @classmethod
-    @contextlib.contextmanager
-    def start(cls, folder: Path, variant: str, length: int) -> Iterator[Process]:
-        """Start one and wait until it is ready; ends it at the end of the block.
-
-        Raises:
-            RuntimeError: it ended before it was ready; the message is the last line it wrote.
-        """
-        command = [sys.executable, str(WORKER), str(folder), variant, str(length)]
-        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, env=environment, stderr=errors, **pipes) as process:
-            try:
-                yield cls(process, _answer(process)["ready"])
-            except EOFError:
-                errors.seek(0)
-                raise RuntimeError((errors.read().strip().splitlines() or ["it ended without a word"])[-1]) from None
-            finally:
-                process.stdin.close()  # type: ignore[union-attr]
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """Its answer to a question."""
-        print(json.dumps(question), file=self.process.stdin, flush=True)
-        return _answer(self.process)
-
-
-def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The next line of JSON; libraries may print other things."""
-    for line in process.stdout:  # type: ignore[union-attr]
-        if line.startswith("{"):
-            return dict(json.loads(line))
-    raise EOFError
-
-
-def _ask(process: Process, asked: Protocol, text: list[int]) -> dict[str, float]:
-    """Seconds of a decoded token and of the window, once.
+def _ask(process: Process, asked: Protocol, text: list[int]) -> dict[str, Any]:
+    """Seconds of a decoded token and of the window, once, and the tokens that were decoded.
 
     Decoding is the difference between many tokens and one, so that the prompt is in neither.
     """
     prompt = list(asked.prompt)
     time.sleep(PAUSE)
-    many = process.ask(tokens=prompt, new=asked.new + 1)["seconds"]
-    one = process.ask(tokens=prompt, new=1)["seconds"]
-    window = process.ask(tokens=text, new=1)["seconds"]
-    return {"token": (many - one) / asked.new, "window": window}
+    many = process.ask(tokens=prompt, new=asked.new + 1)
+    one = process.ask(tokens=prompt, new=1)
+    window = process.ask(tokens=text, new=1)
+    token_seconds = (many["seconds"] - one["seconds"]) / asked.new
+    return {"token_seconds": token_seconds, "window_seconds": window["seconds"], "generated": many["generated"]}
 
 
-def _figures(row: str, process: Process, answers: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _figures(row: str, process: Process, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row of the results; sizes in bytes, times in seconds, memory without that of the libraries alone."""
     return {
         "contender": row,
         **process.ready,
         **process.ask(memory=True),
-        "token_seconds": statistics.median(answer["token"] for answer in answers),
-        "window_seconds": statistics.median(answer["window"] for answer in answers),
-        "repeats": answers,
+        **{key: statistics.median(answer[key] for answer in answers) for key in SECONDS},
+        "repeats": [{key: answer[key] for key in SECONDS} for answer in answers],
+        "generated": answers[-1]["generated"][:SHOWN],  # for a reader who doubts that all rows do the same
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ def _compiled(bits: int, weight: Tensor) -> partial[Copy]:
 def _compiled_copy(kind: type[nn.Linear], bits: int, weight: Tensor) -> Copy:
     layer = nn.utils.skip_init(kind, weight.size(1), weight.size(0), bias=False).requires_grad_(False)
     layer.weight.copy_(weight)
-    options = {"bits": bits, "group_size": GROUP, "min_elements": 0, "release_weights": True}
+    options: dict[str, Any] = {"bits": bits, "group_size": GROUP, "min_elements": 0, "release_weights": True}
     module = torch.compile(layer, backend="kbit", options=options, dynamic=False)
     module(weight.new_zeros(1, weight.size(1)))  # packs
     if not (forms := STORE.packed_forms(layer.weight)):
@@ -53,7 +55,7 @@ def _compiled_copy(kind: type[nn.Linear], bits: int, weight: Tensor) -> Copy:
     return Copy(sum(form.nbytes for _, form in forms), partial(_warm, module))
 
 
-def _warm(module: nn.Module, x: Tensor) -> Call:
+def _warm(module: Callable[[Tensor], Tensor], x: Tensor) -> Call:
     module(x)  # compiles for this number of rows
     return partial(module, x)
 

@@ -115,16 +115,20 @@ def _models(results: Results) -> Iterator[Grid]:
             row["contender"],
             f"{1 / row['token_seconds']:.1f}",
             f"{asked['window'] / row['window_seconds']:.0f}",
-            *(f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "cache_bytes", "resident_bytes", "peak_bytes")),
+            *(
+                f"{row[key] / 1e6:.1f}"
+                for key in ("weight_bytes", "cache_bytes", "resident_bytes", "peak_bytes", "loading_peak_bytes")
+            ),
         ]
         for row in part["rows"]
     ]
-    head = ("", "decode, tok/s", "prefill, tok/s", "weights, MB", "cache, MB", "resident, MB", "peak, MB")
+    head = ("", "decode, tok/s", "prefill, tok/s", "weights, MB", "cache, MB", "resident, MB", "peak, MB", "loading, MB")
     notes = [
         f"Decode: {asked['new']} tokens, greedy, after a prompt of {len(asked['prompt'])}, batch 1. Prefill: a prompt of "
         f"{asked['window']}. Room for {asked['length']} tokens. Medians of {asked['repeats']} repeats.",
-        "Resident and peak: memory of the row's own process when it has answered, and the most while it answered, less what "
-        "the process had with its libraries imported and no model.",
+        "Resident, peak, loading: memory of the row's own process when it has answered, the most while it answered, and the most "
+        "before, while the model was read, packed and compiled; less what the process had with its libraries imported and no "
+        "model.",
     ]
     yield Grid(part.get("model", ""), head, rows, [*notes, *_missing(part)])
 

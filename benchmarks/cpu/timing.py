@@ -35,13 +35,14 @@ def interleave(contenders: Mapping[str, Sequence[Call]], budget: Budget) -> dict
     """Seconds of each call of each contender, which goes round its calls, one for each copy of its weights."""
     cycles = {name: itertools.cycle(calls) for name, calls in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    begin = time.perf_counter()
-    for number in itertools.count(1):
+    end = time.perf_counter() + budget.seconds
+    rounds = 0
+    while rounds < budget.rounds or time.perf_counter() < end:
         for name, calls in cycles.items():
             seconds[name] += _turn(calls, budget.turn)
             time.sleep(budget.pause)
-        if number >= budget.rounds and time.perf_counter() - begin > budget.seconds:
-            return seconds
+        rounds += 1
+    return seconds
 
 
 def _turn(calls: itertools.cycle[Call], length: float) -> list[float]:

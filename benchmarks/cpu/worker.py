@@ -22,8 +22,9 @@ def main(folder: Path, variant: str, length: int) -> None:
     generators.imports(variant)
     start = memory.resident()
     loaded = generators.load(folder, variant, length)
+    sizes = {"weight_bytes": loaded.weight_bytes, "cache_bytes": loaded.cache_bytes}
+    _tell(ready={"start_bytes": start, "loading_peak_bytes": memory.peak() - start, **sizes})
     memory.reset_peak()
-    _tell(ready={"start_bytes": start, "weight_bytes": loaded.weight_bytes, "cache_bytes": loaded.cache_bytes})
     for line in sys.stdin:
         question = json.loads(line)
         if "memory" in question:
