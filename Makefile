@@ -20,7 +20,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu test lint format typecheck typing-tree compiler clean distclean
+.PHONY: help demo bench-cpu test sanitize lint format typecheck typing-tree compiler clean distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,15 @@ bench-cpu: compiler $(VENV)/.bench  ## compare with other libraries on this CPU:
 test: compiler $(VENV)/.installed  ## run the tests and measure their coverage
 	@echo "== tests"
 	@$(BIN)/python -m pytest --cov --cov-report=term
+
+# The kernels are built anew with the sanitizers in them, in a cache of the tests' own. Python itself is not built with them, so they
+# are loaded first; what it never frees is no leak of ours.
+SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: compiler $(VENV)/.installed  ## the CPU kernels' tests under the address and undefined-behaviour sanitizers
+	@echo "== tests of the CPU kernels under $(SANITIZER)"
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	CXX="$(CXX) $(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 KBIT_TEST_EXAMPLES=60 \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py
 
 lint: $(VENV)/.linters  ## ruff (rules and format) and mypy
 	@echo "== ruff"

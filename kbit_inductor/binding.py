@@ -18,9 +18,9 @@ Known = list[weakref.ref[PackedWeight]]
 class Binding:
     """Finds the operands for ``slots`` in ``store``.
 
-    One number tells whether any weight of a call is another than in an earlier call, or was written to since: the fingerprint, which
-    the compiled library takes of all of them at once. Only then are they looked up one by one. Weights are held weakly, and a graph
-    that several layers share keeps what it knows of each.
+    One number tells whether any weight of a call is another than in an earlier call, or was written to since: the fingerprint,
+    which the compiled library takes of all of them at once. Only then are they looked up one by one. Weights are held weakly,
+    and a graph that several layers share keeps what it knows of each.
     """
 
     def __init__(self, store: PackedWeights, slots: tuple[Slot, ...]) -> None:

@@ -26,8 +26,8 @@ class LayerConfig:
         group_size: columns that share a scale, at least 1, or -1 for a whole row. It need not divide the row.
         symmetric: store a scale per group only, and no offset.
         quantizer: name of the method that chooses codes, one of ``kbit_inductor.quantizers.QUANTIZERS``.
-        activation_bits: what the layer's input is rounded to on the fly: 1 to 8 bits (integers, with a scale for at most 128 columns
-            of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
+        activation_bits: what the layer's input is rounded to on the fly: 1 to 8 bits (integers, with a scale for at most 128
+            columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
     """
 
     bits: int = 4

@@ -191,9 +191,7 @@ def _reports(
 
 
 def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
-    packed = STORE.find(weight, slot) or pack(
-        slot.form.view.apply(weight.detach()), slot.form.config, slot.name, slot.form.layout
-    )
+    packed = STORE.find(weight, slot) or pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name, slot.form.layout)
     first = uses[0][0]
     return LayerReport(
         name=slot.name,

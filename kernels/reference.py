@@ -88,8 +88,8 @@ def round_activations(x: Tensor, group_size: int, bits: int) -> Tensor:
     """``x`` ``[M, K]`` as the CPU kernels read it under ``activation_bits=bits``, in float64.
 
     Each row is cut into segments of at most 128 columns that straddle no group. At 2 to 8 bits a segment's values become integers
-    of magnitude below ``2 ** (bits - 1)`` times one step; at 1 bit, plus or minus their mean magnitude. 16 bits mean a block floating
-    point: 24 bits for float32 and 16 for the other dtypes, with a power of two for the step.
+    of magnitude below ``2 ** (bits - 1)`` times one step; at 1 bit, plus or minus their mean magnitude. 16 bits mean a block
+    floating point: 24 bits for float32 and 16 for the other dtypes, with a power of two for the step.
     """
     rounded = torch.zeros(x.shape, dtype=torch.float64)
     for group in range(0, x.size(1), group_size):

@@ -23,7 +23,7 @@ SCHEMAS = {
         "Tensor? residual, int activation_bits) -> Tensor"
     ),
     "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
-    # Attention of a few queries over a long cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
+    # Attention of a few queries over a cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
     "decode_attention_cpu": "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
     "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
 }

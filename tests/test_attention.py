@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from kbit_inductor import backend
 from kbit_inductor.kernels.cpu import build
-from kbit_inductor.passes.fuse import DECODE_QUERIES
+from kbit_inductor.passes.patterns import DECODE_QUERIES
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 build.load()
@@ -30,8 +30,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 @given(
     batch=st.integers(0, 3), key_heads=st.integers(1, 3), group=st.integers(1, 4), queries=st.integers(0, 5),
-    length=st.one_of(st.integers(1, 20), st.integers(60, 300)), size=st.integers(1, 70), value_size=st.integers(0, 70), dtype=FLOATS,
-    masked=st.sampled_from(["no", "bool", "float", "row"]), transposed=st.booleans(), threads=st.integers(1, 2), seed=SEEDS,
+    length=st.one_of(st.integers(1, 20), st.integers(60, 300)), size=st.integers(1, 70), value_size=st.integers(0, 70),
+    dtype=FLOATS, masked=st.sampled_from(["no", "bool", "float", "row"]),
+    transposed=st.booleans(), threads=st.integers(1, 2), seed=SEEDS,
 )  # fmt: skip
 def test_decode_attention_is_attention(
     batch, key_heads, group, queries, length, size, value_size, dtype, masked, transposed, threads, seed

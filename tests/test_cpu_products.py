@@ -74,7 +74,7 @@ class Weight:
 
 
 def assert_accurate(y, exact, magnitude, terms):
-    """``|y - exact|`` against the a-priori bound of a float32 sum of ``terms`` terms (Higham, 2002, section 3.1), then one rounding."""
+    """``|y - exact|`` against the a-priori bound of a float32 sum of ``terms`` (Higham, 2002, section 3.1), then one rounding."""
     summed = 2 * (terms + 8) * UNIT_ROUNDOFF * magnitude
     info = torch.finfo(y.dtype)
     rounded = info.eps / 2 * (exact.abs() + summed) + info.smallest_normal * info.eps

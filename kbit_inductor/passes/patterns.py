@@ -1,0 +1,163 @@
+"""What a node of Dynamo's graph computes, whichever way it is spelled: activations, RMS norms, attention of a few queries.
+
+Nothing here changes a graph; :mod:`kbit_inductor.passes.fuse` does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from kbit_inductor.capture import VALUE
+
+aten = torch.ops.aten
+DECODE_QUERIES = 8  # so many queries at most are a decoding step
+ADD = (operator.add, operator.iadd, torch.add, "add", aten.add.Tensor)
+MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", aten.mul.Tensor)
+CASTS = ("to", "float", "type_as", aten._to_copy.default)
+ACTIVATIONS = {
+    "silu": (functional.silu, aten.silu.default),
+    "relu": (functional.relu, torch.relu, "relu", aten.relu.default),
+    "sigmoid": (torch.sigmoid, functional.sigmoid, "sigmoid", aten.sigmoid.default),
+    "tanh": (torch.tanh, functional.tanh, "tanh", aten.tanh.default),
+}
+GELU = (functional.gelu, aten.gelu.default)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The fake tensor of ``node``, or None when it is no node or no tensor."""
+    value = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def attention_arguments(node: fx.Node) -> tuple[Any, ...] | None:
+    """The arguments of ``decode_attention_cpu`` that give what the scaled dot product ``node`` gives, or None."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    query, key, value = (value_of(given.get(name)) for name in names[:3])
+    if query is None or key is None or value is None or given.get("dropout_p") or given.get("is_causal"):
+        return None
+    mask = given.get("attn_mask")
+    if not _fits_decoding(query, key, value, bool(given.get("enable_gqa"))):
+        return None
+    if mask is not None and ((found := value_of(mask)) is None or found.dtype not in (torch.bool, query.dtype)):
+        return None
+    scale = given.get("scale")
+    return given["query"], given["key"], given["value"], mask, query.shape[3] ** -0.5 if scale is None else scale
+
+
+def _fits_decoding(query: Tensor, key: Tensor, value: Tensor, shares_keys: bool) -> bool:
+    """Whether the operator takes these: few queries, known sizes but for the batch and the length of the cache."""
+    tensors = (query, key, value)
+    if any(t.dim() != 4 or t.device.type != "cpu" or t.dtype != query.dtype or t.dtype not in FLOATS for t in tensors):
+        return False
+    if any(not isinstance(t.shape[i], int) for t in tensors for i in (1, 3)) or key.shape[1] != value.shape[1]:
+        return False
+    queries = query.shape[2]
+    return isinstance(queries, int) and queries <= DECODE_QUERIES and (shares_keys or query.shape[1] == key.shape[1])
+
+
+def activation_of(node: Any) -> str | None:
+    """The name by which ``fused_linear_cpu`` knows the activation that ``node`` computes, or None."""
+    if not isinstance(node, fx.Node) or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target in GELU:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    names = [name for name, targets in ACTIVATIONS.items() if node.target in targets and not node.kwargs.get("inplace")]
+    return names[0] if names else None
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether both are tensors of the same shape, dtype and device."""
+    x, y = value_of(a), value_of(b)
+    if x is None or y is None:
+        return False
+    return x.dtype == y.dtype and x.device == y.device and x.dim() == y.dim() and all(map(_same, x.shape, y.shape))
+
+
+def is_constant(node: Any) -> bool:
+    """Whether ``node`` is a tensor that nothing in the graph writes to: a call that reads it may then move.
+
+    In-place operations raise the version of the fake tensors that Dynamo ran them on. A node without a value, a step of a product
+    in an unusual spelling, is taken for written.
+    """
+    value = value_of(node)
+    return value is not None and value._version == 0
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or str(a) == str(b)  # without a guard on symbolic sizes
+
+
+def rms_norm(node: Any) -> tuple[fx.Node, fx.Node, float] | None:
+    """``(x, weight, eps)`` when ``node`` is the RMS norm of x over its last dimension, as transformers and torch spell it."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is functional.rms_norm or node.target is torch.rms_norm:
+        return _torch_rms_norm(node)
+    weight, scaled = _pair(node, MULTIPLY, lambda n: isinstance(n, fx.Node) and n.op == "placeholder")
+    scaled = _uncast(scaled)
+    x, inverse = _pair(scaled, MULTIPLY, lambda n: not _is_rsqrt(n))
+    if weight is None or x is None or not _is_rsqrt(inverse):
+        return None
+    mean, eps = _pair(inverse.args[0], ADD, lambda n: isinstance(n, fx.Node))
+    if not isinstance(eps, float) or not _is_mean_square(mean, x):
+        return None
+    return _float32_norm(_uncast(x), weight, eps)
+
+
+def _torch_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    arguments = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | dict(node.kwargs)
+    x, weight, eps = arguments.get("input"), arguments.get("weight"), arguments.get("eps")
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not isinstance(eps, float):
+        return None
+    return _float32_norm(x, weight, eps)
+
+
+def _float32_norm(x: Any, weight: Any, eps: float) -> tuple[fx.Node, fx.Node, float] | None:
+    """The norm if all of it is float32: with other dtypes the roundings between its steps would be lost."""
+    if not (is_constant(x) and is_constant(weight)):
+        return None
+    a, b = x.meta[VALUE], weight.meta[VALUE]
+    fits = a.dtype == b.dtype == torch.float32 and b.dim() == 1
+    return (x, weight, eps) if fits and a.shape[-1] == b.shape[0] else None
+
+
+def _pair(node: Any, targets: tuple[Any, ...], first: Callable[[Any], bool]) -> tuple[Any, Any]:
+    """The two operands of ``node`` if it is one of ``targets``, the one that satisfies ``first`` in front; else two None."""
+    if not isinstance(node, fx.Node) or node.target not in targets or len(node.args) != 2 or node.kwargs:
+        return None, None
+    a, b = node.args
+    if first(a):
+        return a, b
+    return (b, a) if first(b) else (None, None)
+
+
+def _is_rsqrt(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in (torch.rsqrt, "rsqrt", aten.rsqrt.default)
+
+
+def _is_mean_square(node: Any, x: fx.Node) -> bool:
+    if not isinstance(node, fx.Node) or node.target not in ("mean", torch.mean):
+        return False
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    square = node.args[0]
+    if dims not in (-1, [-1], (-1,)) or keeps is not True or not isinstance(square, fx.Node):
+        return False
+    return square.target in ("pow", torch.pow, operator.pow) and square.args == (x, 2)
+
+
+def _uncast(node: Any) -> Any:
+    """What ``node`` casts, when the cast changes nothing: Dynamo records ``x.to(float32)`` of a float32 tensor too."""
+    while isinstance(node, fx.Node) and node.target in CASTS and isinstance(node.args[0], fx.Node):
+        if not alike(node, node.args[0]):
+            break
+        node = node.args[0]
+    return node
