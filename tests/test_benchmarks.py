@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -19,7 +22,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from cpu import breakdown, ceilings, contender, layers, minilm, models, ours, peers, plots, run, tables, timing  # noqa: E402
 
-SHORT = timing.Budget(seconds=0.0, rounds=1, turn=0.0, pause=0.0)
+SHORT = timing.Budget(seconds=0.0, rounds=1, turn=0.0, rest=False)
 # Relative error of y for weights from a normal distribution, with room for a peer's poorest grid: three halves of what it has.
 ERRORS = {32: 1e-5, 16: 0.005, 8: 0.02, 7: 0.03, 6: 0.05, 5: 0.08, 4: 0.18, 3: 0.35, 2: 0.9, 1: 1.0}
 PEERS = peers.contenders()
@@ -95,7 +98,7 @@ def test_cold_weights_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return copy
 
-    budget = timing.Budget(seconds=0.0, rounds=4, turn=0.0, pause=0.0)
+    budget = timing.Budget(seconds=0.0, rounds=4, turn=0.0, rest=False)
     layers.measure([layers.Layer(32, 64, (4, 128))], [contender.Contender("spy", 32, load, "spy")], budget)
     assert {number for rows, number in used if rows == 4} == {0, 1, 2}
     assert {number for rows, number in used if rows == 128} == {0}
@@ -115,10 +118,28 @@ def test_ratios_are_to_the_fastest_peers() -> None:
 
 def test_turns_are_interleaved() -> None:
     calls: list[str] = []
-    budget = timing.Budget(seconds=0.0, rounds=2, turn=0.0, pause=0.0)
+    budget = timing.Budget(seconds=0.0, rounds=2, turn=0.0, rest=False)
     seconds = timing.interleave({name: [lambda name=name: calls.append(name)] for name in "ab"}, budget)
     assert calls == list("aabb" * 2)  # in each turn a call that is not timed, then one that is
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_rest_waits_for_busy_threads() -> None:
+    busy = threading.Event()
+    busy.set()
+
+    def spin() -> None:
+        end = time.perf_counter() + 10
+        while busy.is_set() and time.perf_counter() < end:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    stopper = threading.Timer(0.1, busy.clear)
+    stopper.start()
+    timing.rest()
+    assert not busy.is_set()
+    thread.join()
 
 
 def test_summary_ignores_the_outer_tenths() -> None:
@@ -258,6 +279,29 @@ def test_encoders_agree() -> None:
     torch.testing.assert_close(encoder(ids[1:, :7], mask[1:, :7]), expected[1:])
     for name, encode in minilm.torch_rows(encoder).items():
         torch.testing.assert_close(encode(ids, mask).float(), expected, atol=0.02 if "bfloat16" in name else 1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_every_contender_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many contenders of one class, each with several shapes, together more than Dynamo keeps for one function."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    counters = [CompileCounter() for _ in range(5)]
+    modules = [torch.compile(minilm._copy(minilm.tiny()), backend=counter, dynamic=False) for counter in counters]
+    for length in (4, 5, 6):
+        ids = torch.ones(1, length, dtype=torch.int64)
+        for module in modules:
+            module(ids, ids)
+    assert [counter.frame_count for counter in counters] == [3] * 5
+
+
+@torch.no_grad()
+def test_quantized_encoders_are_quantized() -> None:
+    encoder = minilm.tiny()
+    ids = torch.randint(1000, 2000, (2, 12))
+    mask = torch.ones_like(ids)
+    expected = encoder(ids, mask)
+    for encode in minilm.kbit_rows(encoder).values():
+        assert 1e-4 < (encode(ids, mask) - expected).norm(dim=-1).max() < 0.3
 
 
 @torch.no_grad()

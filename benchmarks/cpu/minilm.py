@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
+from cpu.own_code import own_code
 from cpu.timing import Budget, Call, Say, interleave, silent, summary
 
 Encode = Callable[[Tensor, Tensor], Any]
@@ -68,32 +69,31 @@ def torch_rows(encoder: Encoder) -> dict[str, Encode]:
     for dtype in (torch.float32, torch.bfloat16):
         name, module = str(dtype).removeprefix("torch."), copy.deepcopy(encoder).to(dtype)
         rows[f"eager-{name}"] = module
-        rows[f"inductor-{name}"] = torch.compile(copy.deepcopy(module), dynamic=False)
+        rows[f"inductor-{name}"] = torch.compile(_copy(module), dynamic=False)
     return rows
 
 
 def kbit_rows(encoder: Encoder, bits: Sequence[int] = BITS) -> dict[str, Encode]:
     """Ours, with the default options but bits."""
-    return {f"kbit-{k}": torch.compile(copy.deepcopy(encoder), backend="kbit", options={"bits": k}, dynamic=False) for k in bits}
+    return {f"kbit-{k}": torch.compile(_copy(encoder), backend="kbit", options={"bits": k}, dynamic=False) for k in bits}
+
+
+def _copy(encoder: Encoder) -> Encoder:
+    """A copy to compile, which shares no compiled graphs with others."""
+    return own_code(Encoder)(copy.deepcopy(encoder.model)).eval()
 
 
 def onnx_rows(encoder: Encoder) -> dict[str, Encode]:
     """ONNX Runtime in float32, and with dynamically quantized int8 products."""
-    import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
+    from cpu.onnx_session import session
+
     with tempfile.TemporaryDirectory(prefix="kbit-onnx-") as name:
         floats, int8 = (Path(name) / f"{kind}.onnx" for kind in ("float32", "int8"))
         _export(encoder, floats)
         quantize_dynamic(floats, int8)
-        sessions = {
-            f"ONNX Runtime {path.stem}": onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            for path in (floats, int8)
-        }
-    return {name: partial(_run, session) for name, session in sessions.items()}
+        return {f"ONNX Runtime {path.stem}": partial(_run, session(path.read_bytes())) for path in (floats, int8)}
 
 
 def _export(encoder: Encoder, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cpu.contender import Contender, Copy
+from cpu.own_code import own_code
 from cpu.timing import Call
 from kbit_inductor import LayerConfig
 from kbit_inductor.kernels.cpu import build
@@ -36,12 +36,7 @@ def _operator(bits: int, weight: Tensor) -> partial[Copy]:
 
 
 def _compiled(bits: int, weight: Tensor) -> partial[Copy]:
-    # Dynamo keeps what it compiled with a function's code and tries the entries in order. With a code object for each contender,
-    # none pays for the graphs of the others. It has to seem of this file: torch's own code is compiled through one wrapper for all.
-    code = nn.Linear.forward.__code__.replace(co_filename=__file__)
-    forward = types.FunctionType(code, nn.Linear.forward.__globals__)
-    kind = type("Layer", (nn.Linear,), {"forward": forward})
-    return partial(_compiled_copy, kind, bits, weight)
+    return partial(_compiled_copy, own_code(nn.Linear), bits, weight)
 
 
 def _compiled_copy(kind: type[nn.Linear], bits: int, weight: Tensor) -> Copy:

@@ -88,16 +88,14 @@ def _quantized_engine(name: str) -> Iterator[None]:
 
 def _onnx(bits: int, weight: Tensor) -> CopyMaker:
     """``MatMulNBits`` on groups with a scale around the middle code, int8 activations (``accuracy_level=4``)."""
-    import onnxruntime
+    from cpu.onnx_session import session
 
     model, nbytes = _matmul_nbits(bits, weight)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
     rows = weight.size(0)
 
     def copy() -> Copy:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return Copy(nbytes, lambda x: _bind_session(session, x, rows))
+        own = session(model)
+        return Copy(nbytes, lambda x: _bind_session(own, x, rows))
 
     return copy
 

@@ -35,6 +35,7 @@ Results = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else a row that ran in eager would pass for a compiled one
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH

@@ -1,7 +1,7 @@
 """Times contenders by turns in one process, so that a slow spell of the machine strikes all of them.
 
-A turn is a few milliseconds of calls to one contender; then comes a pause, since the threads of an OpenMP or ONNX Runtime pool go
-on spinning for some milliseconds after their last call and would take a core from the next contender.
+A turn is a few milliseconds of calls to one contender; then comes a rest, since the threads of a pool go on spinning after their
+last call, OpenMP's for some 5 ms and ONNX Runtime's for 50, and would take a core from the next contender.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 Call = Callable[[], Any]
 Say = Callable[[str], None]
+REST, RESTS = 0.005, 40  # seconds of a sleep after which it is looked whether threads still spin, and how often at most
 
 
 def silent(what: str) -> None:
@@ -28,7 +29,7 @@ class Budget:
     seconds: float
     rounds: int = 3
     turn: float = 0.005
-    pause: float = 0.010
+    rest: bool = True
 
 
 def interleave(contenders: Mapping[str, Sequence[Call]], budget: Budget) -> dict[str, list[float]]:
@@ -40,7 +41,8 @@ def interleave(contenders: Mapping[str, Sequence[Call]], budget: Budget) -> dict
     while rounds < budget.rounds or time.perf_counter() < end:
         for name, calls in cycles.items():
             seconds[name] += _turn(calls, budget.turn)
-            time.sleep(budget.pause)
+            if budget.rest:
+                rest()
         rounds += 1
     return seconds
 
@@ -58,6 +60,15 @@ def _turn(calls: itertools.cycle[Call], length: float) -> list[float]:
         seconds.append(now - start)
         if now > end:
             return seconds
+
+
+def rest() -> None:
+    """Sleep until no thread of this process is busy any more, though not for ever."""
+    for _ in range(RESTS):
+        before = time.process_time()
+        time.sleep(REST)
+        if time.process_time() - before < REST / 20:
+            return
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
