@@ -150,6 +150,21 @@ def test_every_batch_and_width(isa, batch, bits):
         assert_linear_accurate(torch.randn(batch, 260), weight, torch.randn(37), activation_bits)
 
 
+@pytest.mark.parametrize("columns", [64, 96, 100, 256, 512, 1000])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256, 20])
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_one_bit_looked_up_and_multiplied(isa, columns, group_size, with_offset):
+    """One row of x may be looked up in a table of partial sums, several never are: both give the same."""
+    torch.manual_seed(columns)
+    weight = Weight(40, columns, 1, group_size, with_offset)
+    x = torch.randn(3, columns)
+    for activation_bits in (1, 4, 8, 16):
+        assert_linear_accurate(x[:1], weight, None, activation_bits)
+        one = torch.ops.kbit.linear_cpu(x[:1], weight.tiled, None, 40, activation_bits)
+        three = torch.ops.kbit.linear_cpu(x, weight.tiled, None, 40, activation_bits)
+        torch.testing.assert_close(one, three[:1], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sixteen_bits_are_about_as_good_as_the_dtype(dtype):
     """Of the largest activation of a segment, the rounding under activation_bits=16 is one unit in the last place or less."""

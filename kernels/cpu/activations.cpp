@@ -12,6 +12,7 @@ namespace kbit {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // values worth handing to another thread
+constexpr uintptr_t kCacheLine = 64;
 constexpr int kMaxSegment = kSegmentQuads * kQuad;
 
 int digits_of(int bits) { return bits <= 8 ? 1 : (bits + 7) / 8; }
@@ -36,10 +37,15 @@ float step_of(float largest, int bits) {
   return std::ldexp(1.0f, exponent);  // a power of two, at least `step`
 }
 
-float largest_magnitude(const float* values, int count) {
-  float largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
+// The largest magnitude as bits, which order as their floats do. Compilers vectorize a maximum of integers, but not one of floats.
+int32_t largest_magnitude_bits(const float* values, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::bit_cast<int32_t>(values[i]) & 0x7fffffff);
   return largest;
+}
+
+float largest_magnitude(const float* values, int64_t count) {
+  return std::bit_cast<float>(largest_magnitude_bits(values, count));
 }
 
 float mean_magnitude(const float* values, int count) {
@@ -62,12 +68,7 @@ void lowest_digit(int32_t* codes, int count, int8_t* digit) {
   }
 }
 
-bool all_finite(const float* values, int64_t count) {
-  // The exponent of what is no number is all ones, and no other's: integers, since compilers may not reorder sums of floats.
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad |= (std::bit_cast<uint32_t>(values[i]) & 0x7f800000u) == 0x7f800000u;
-  return !bad;
-}
+bool all_finite(const float* values, int64_t count) { return largest_magnitude_bits(values, count) < 0x7f800000; }
 
 double sum_of_squares(const float* values, int64_t count) {
   float lanes[16] = {};
@@ -183,6 +184,17 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
       }
     }
   }
+}
+
+void Activations::fill_table(const Isa& isa, const TiledLayout& layout) {
+  if (!isa.table_bytes || blocks_.size() != 1) return;
+  const int64_t bytes = isa.table_bytes(layout, blocks_[0].rows);
+  if (!bytes) return;
+  table_ = std::make_unique_for_overwrite<uint8_t[]>(bytes + kCacheLine);
+  const auto address = reinterpret_cast<uintptr_t>(table_.get());
+  uint8_t* table = table_.get() + (kCacheLine - address % kCacheLine) % kCacheLine;
+  isa.fill_table(layout, blocks_[0], table);
+  blocks_[0].table = table;
 }
 
 }  // namespace kbit

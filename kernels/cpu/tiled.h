@@ -81,6 +81,7 @@ struct ActivationBlock {
   const float* scale;           // [segments][rows]
   const int32_t* negative_sum;  // [segments][rows]: minus the sum of the codes
   const float* sum;             // [groups][rows]: the sum of scale * code
+  const uint8_t* table = nullptr;  // partial sums to look up, where the instruction set has a use for them
 };
 
 // sums[row of x][16] = W[row block] @ x without the global scale, for the rows of `count` blocks, one after the other.
@@ -89,10 +90,16 @@ using DotKernel = void (*)(const TiledWeight& weight, int64_t row_block, const A
 // The codes of `quads` quads: [quads][16 rows][4 columns].
 using UnpackKernel = void (*)(const uint8_t* words, int bits, int64_t quads, uint8_t* codes);
 
+// Bytes of the table that `fill` makes of a block for weights of this layout; 0 where looking up is not faster.
+using TableBytes = int64_t (*)(const TiledLayout& layout, int rows);
+using FillTable = void (*)(const TiledLayout& layout, const ActivationBlock& block, uint8_t* table);
+
 struct Isa {
   const char* name;
   DotKernel dot;
   UnpackKernel unpack;
+  TableBytes table_bytes = nullptr;
+  FillTable fill_table = nullptr;
 };
 
 }  // namespace kbit

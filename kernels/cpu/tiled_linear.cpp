@@ -47,9 +47,6 @@ class Epilogue {
     });
   }
 
-  // The float sums of one row of x, for a row that has no codes.
-  int64_t width() const { return width_; }
-
  private:
   Floats sum_digits(const float* sums) const {
     Floats total{};
@@ -113,7 +110,12 @@ void float_row(const TiledWeight& weight, int64_t row_block, const float* x, flo
 
 void tiled_linear(const TiledProblem& problem) {
   const TiledLayout& layout = problem.weights.front();
-  const Activations x(problem.x, layout, problem.activation_bits);
+  Activations x(problem.x, layout, problem.activation_bits);
+  for (const TiledWeight& weight : problem.weights) {
+    if (weight.bits != 1) continue;
+    x.fill_table(isa(), weight);  // one for all, as they share columns and groups
+    break;
+  }
   const int digits = x.digits();
   const Epilogue epilogue(problem, digits);
   const DotKernel dot = isa().dot;
