@@ -45,7 +45,7 @@ bench-cpu: compiler $(VENV)/.bench  ## compare with other libraries on this CPU:
 
 test: compiler $(VENV)/.installed  ## run the tests and measure their coverage
 	@echo "== tests"
-	@$(BIN)/python -m pytest --cov --cov-report=term
+	@$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
 
 # The kernels are built anew with the sanitizers in them, in a cache of the tests' own. Python itself is not built with them, so they
 # are loaded first; what it never frees is no leak of ours.

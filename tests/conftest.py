@@ -9,11 +9,16 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A stale entry of a user's cache would hide a bug, so the session has empty ones. torch reads these names when it is
-# imported: they must be set before.
-_caches = tempfile.TemporaryDirectory(prefix="kbit-tests-", ignore_cleanup_errors=True)
-for _name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KBIT_CACHE_DIR"):
-    os.environ[_name] = os.path.join(_caches.name, _name.lower())  # noqa: PTH118 (an environment holds strings)
+# A stale entry of a user's cache would hide a bug, so the session has empty ones. torch reads these names when it is imported:
+# they must be set before. Workers of pytest-xdist inherit those of the session that starts them.
+_is_worker = "PYTEST_XDIST_WORKER" in os.environ
+if not _is_worker:
+    _caches = tempfile.TemporaryDirectory(prefix="kbit-tests-", ignore_cleanup_errors=True)
+    for _name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KBIT_CACHE_DIR"):
+        os.environ[_name] = os.path.join(_caches.name, _name.lower())  # noqa: PTH118 (an environment holds strings)
+else:
+    # Threads of OpenMP wait for each other by spinning: with two workers on two cores they would wait for milliseconds.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402 (see above)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threads import with_threads
 from strategies import FLOATS, SEEDS
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,7 +39,6 @@ def test_decode_attention_is_attention(
     batch, key_heads, group, queries, length, size, value_size, dtype, masked, transposed, threads, seed
 ):
     torch.manual_seed(seed)
-    torch.set_num_threads(threads)
     query = torch.randn(batch, queries, key_heads * group, size).to(dtype).transpose(1, 2)
     key, value = (torch.randn(batch, key_heads, length, n).to(dtype) for n in (size, value_size))
     if transposed:
@@ -51,7 +51,7 @@ def test_decode_attention_is_attention(
         mask = torch.randn(key_heads * group, 1, length).to(dtype)
     elif masked == "row":
         mask = torch.arange(length) <= length // 2
-    actual = torch.ops.kbit.decode_attention_cpu(query, key, value, mask, 0.3)
+    actual = with_threads(threads, torch.ops.kbit.decode_attention_cpu, query, key, value, mask, 0.3)
     exact = attention(query, key, value, mask, 0.3)
     assert actual.dtype == dtype and actual.shape == exact.shape
     # Scores are sums of `size` products, off by size roundings of at most |q| |k|; exp turns that into a relative error of the

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from threads import with_threads
+
 from kbit_inductor.kernels import layout, reference
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.lowering import registry
@@ -113,13 +115,7 @@ def test_quantizing_long_groups_gives_what_pytorch_gives():
 
 def test_quantizing_does_not_depend_on_the_number_of_threads():
     weight = torch.randn(301, 100)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = clip(weight, 4, 32, False)
-    finally:
-        torch.set_num_threads(threads)
-    many = clip(weight, 4, 32, False)
+    one, many = with_threads(1, clip, weight, 4, 32, False), with_threads(2, clip, weight, 4, 32, False)
     assert torch.equal(one.codes, many.codes) and torch.equal(one.scale, many.scale) and one.error == many.error
 
 

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from threads import with_threads
 
 from kbit_inductor.kernels import layout, reference
 from kbit_inductor.kernels.cpu import build
@@ -232,13 +233,8 @@ def test_poison_beside_x_is_not_read():
 def test_result_does_not_depend_on_the_number_of_threads():
     weight = Weight(300, 300, 4, 64)
     x = torch.randn(3, 300)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = torch.ops.kbit.linear_cpu(x, weight.tiled, None, 300, 8)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(one, torch.ops.kbit.linear_cpu(x, weight.tiled, None, 300, 8))
+    arguments = torch.ops.kbit.linear_cpu, x, weight.tiled, None, 300, 8
+    assert torch.equal(with_threads(1, *arguments), with_threads(2, *arguments))
 
 
 def test_sixteen_threads_at_once():

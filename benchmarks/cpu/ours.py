@@ -25,8 +25,8 @@ def operator_copy(bits: int, weight: Tensor) -> Copy:
     """A packed copy of ``weight [N, K]``: the one place that knows the operator and its operands."""
     packed = pack(weight, LayerConfig(bits=bits, group_size=GROUP), layout="tiled")
     (operand,) = packed.operands
-    linear = torch.ops.kbit.linear_cpu.default
-    return Copy(packed.nbytes, lambda x: partial(linear, x, operand, None, weight.size(0), ACTIVATION_BITS))
+    rest = None, 0.0, [operand], [None], [weight.size(0)], "", False, None, ACTIVATION_BITS
+    return Copy(packed.nbytes, lambda x: partial(torch.ops.kbit.fused_linear_cpu.default, x, *rest))
 
 
 def _operator(bits: int, weight: Tensor) -> partial[Copy]:

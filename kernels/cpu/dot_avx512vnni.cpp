@@ -105,7 +105,16 @@ struct Scales {
   }
 };
 
-constexpr int64_t kAhead = 4096;  // bytes that the weight is prefetched ahead of its use
+// Far ahead into the L2 cache, where there is room for many lines on their way, and from there into L1.
+constexpr int64_t kFar = 8192, kNear = 768;  // bytes
+
+template <int Bytes>
+inline void prefetch(const uint8_t* words) {
+  for (int line = 0; line < Bytes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(words) + kFar + line, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(words) + kNear + line, _MM_HINT_T0);
+  }
+}
 
 // Few rows of x: the codes go from the unpacking straight into the products, and the sums stay in registers.
 template <int Rows, int Bytes>
@@ -133,8 +142,7 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
       }
       int64_t quad = 0;
       for (; quad + kChains <= quads; quad += kChains) {
-        _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead, _MM_HINT_T0);
-        if constexpr (kChains * Bytes > 64) _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead + 64, _MM_HINT_T0);
+        prefetch<kChains * Bytes>(words);
 #pragma GCC unroll 2
         for (int chain = 0; chain < kChains; ++chain) {
           const __m512i w = unpacker.codes<Bytes>(words);
@@ -241,7 +249,7 @@ void dot_lookup(const TiledWeight& weight, const uint8_t* block, const Activatio
       left -= quads;
       __m512i low = _mm512_set1_epi32(x.negative_sum[segment]), high = _mm512_setzero_si512();
       for (int64_t quad = 0; quad < quads; quad += kLookup, words += 8 * kLookup, table += kTable) {
-        _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead, _MM_HINT_T0);
+        prefetch<8 * kLookup>(words);
         const __m512i index = indices.of(words);
         low = _mm512_dpbusd_epi32(low, _mm512_permutexvar_epi8(index, _mm512_load_si512(table)), ones);
         high = _mm512_dpbusd_epi32(high, ones, _mm512_permutexvar_epi8(index, _mm512_load_si512(table + 64)));
