@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from threads import with_threads
 from strategies import FLOATS, SEEDS
+from threads import with_threads
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -12,7 +12,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-
 from threads import with_threads
 
 from kbit_inductor.kernels import layout, reference
