@@ -53,12 +53,12 @@ with torch.no_grad():
 ROUNDING = 2 * 2 * 128**1.5 * 2.0**-24
 
 PLAIN = ["inductor", 0]
-KBIT = ["kbit", 0, {"bits": 4}]
-FEWER = ["kbit", 0, {"bits": 3}]
-SYMMETRIC = ["kbit", 0, {"bits": 4, "symmetric": True}]
+KBIT = ["kbit", 0, {"bits": 4, "activation_bits": 16}]
+FEWER = ["kbit", 0, {"bits": 3, "activation_bits": 16}]
+SYMMETRIC = ["kbit", 0, {"bits": 4, "symmetric": True, "activation_bits": 16}]
 OTHER_PLAIN = ["inductor", 1]
-OTHER_KBIT = ["kbit", 1, {"bits": 4}]
-OTHER_FEWER = ["kbit", 1, {"bits": 3}]
+OTHER_KBIT = ["kbit", 1, {"bits": 4, "activation_bits": 16}]
+OTHER_FEWER = ["kbit", 1, {"bits": 3, "activation_bits": 16}]
 
 
 def fresh_process(cache: Path, *steps: list[Any]) -> list[dict[str, float]]:

@@ -47,6 +47,12 @@ class Unpacker {
   __mmask64 used_ = 0;
 };
 
+// totals += w . four activations. Compilers load the four by an instruction of its own, and copy or spill the totals; here the load
+// is part of the product.
+inline void multiply(__m512i& totals, __m512i w, const int8_t* q) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(totals) : "v"(w), "m"(*reinterpret_cast<const int(*)[1]>(q)));
+}
+
 inline int load_quad(const int8_t* codes) {
   int quad;
   std::memcpy(&quad, codes, 4);
@@ -72,8 +78,7 @@ struct Avx512Vnni {
       const __m512i w = _mm512_load_si512(segment.codes + quad * kCodesPerQuad);
 #pragma GCC unroll 16
       for (int b = 0; b < Rows; ++b) {
-        // Compilers load the four activations by an instruction of its own and spill the sums; here the load is free.
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(totals[b]) : "v"(w), "m"(*reinterpret_cast<const int(*)[1]>(q + b * kQuad)));
+        multiply(totals[b], w, q + b * kQuad);
       }
     }
     const __m512 scale = _mm512_load_ps(segment.grid->scale), centre = _mm512_load_ps(segment.grid->centre);
@@ -149,7 +154,7 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
           words += step;
 #pragma GCC unroll 4
           for (int b = 0; b < Rows; ++b) {
-            part[chain][b] = _mm512_dpbusd_epi32(part[chain][b], w, _mm512_set1_epi32(load_quad(q + b * kQuad)));
+            multiply(part[chain][b], w, q + b * kQuad);
           }
           q += Rows * kQuad;
         }
