@@ -44,8 +44,9 @@ class Binding:
 
     def _look_up(self, arguments: Sequence[Any], weights: list[Tensor]) -> list[PackedWeight]:
         packed = self.store.packed(arguments, self.slots)
-        for key in [key for key, references in self.known.items() if any(reference() is None for reference in references)]:
-            self.known.pop(key, None)  # another thread may have been faster
+        for key, references in list(self.known.items()):  # a copy: other threads add to it
+            if any(reference() is None for reference in references):
+                self.known.pop(key, None)
         # Packing may have released the weights, so the fingerprint is that of now.
         self.known[self.fingerprint(weights)] = [weakref.ref(one) for one in packed]  # type: ignore[misc]
         return packed

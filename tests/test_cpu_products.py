@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import threading
 
 import hypothesis.strategies as st
@@ -254,6 +256,17 @@ def test_sixteen_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["portable", "z80"])
+def test_an_instruction_set_is_named_by_the_environment(name):
+    code = "import torch, kbit_inductor; from kbit_inductor.kernels.cpu import build; build.load(); print(torch.ops.kbit.isa_cpu())"
+    environment = os.environ | {"KBIT_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    if name in ISAS:
+        assert done.stdout.strip() == name
+    else:
+        assert "KBIT_ISA is 'z80', which this machine does not run" in done.stderr
 
 
 # --- what is fused around the product --------------------------------------------------------------------------------
