@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 
 #include "activation.h"
+#include "vector.h"
 
 namespace kbit {
 namespace {
@@ -31,16 +32,11 @@ const float* float_row(const T* row, int64_t count, float* buffer) {
   return buffer;
 }
 
-Floats load(const float* values) {
+Floats load_floats(const float* values) {
   Floats v;
   std::memcpy(&v, values, sizeof v);
   return v;
 }
-
-template <int Lanes>
-struct VectorOf {
-  typedef float type __attribute__((vector_size(4 * Lanes)));
-};
 
 // Adds halves until `Left` lanes are left, which is several times faster than what compilers make of a loop over the lanes.
 template <int Left, int Lanes = kLanes>
@@ -68,8 +64,8 @@ void dots(const float* a, const Rows& rows, int64_t count, float* products) {
   Floats total[kRows] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Floats x = load(a + i);
-    for (int j = 0; j < kRows; ++j) total[j] += x * load(rows[j] + i);
+    const Floats x = load_floats(a + i);
+    for (int j = 0; j < kRows; ++j) total[j] += x * load_floats(rows[j] + i);
   }
   for (int j = 0; j < kRows; ++j) {
     const auto four = fold<4>(total[j]);
@@ -94,7 +90,7 @@ float exponentials(float* values, int64_t count, float largest) {
   Floats total{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Floats e = exp(load(values + i) - largest);
+    const Floats e = exp(load_floats(values + i) - largest);
     std::memcpy(values + i, &e, sizeof e);
     total += e;
   }
