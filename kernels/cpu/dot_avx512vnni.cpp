@@ -8,7 +8,7 @@
 
 #include <immintrin.h>
 
-#include "dot.h"
+#include "dot_avx512.h"
 
 namespace kbit {
 namespace {
@@ -81,14 +81,7 @@ struct Avx512Vnni {
         multiply(totals[b], w, q + b * kQuad);
       }
     }
-    const __m512 scale = _mm512_load_ps(segment.grid->scale), centre = _mm512_load_ps(segment.grid->centre);
-#pragma GCC unroll 16
-    for (int b = 0; b < Rows; ++b) {
-      __m512 sum = _mm512_loadu_ps(sums + b * kTileRows);
-      sum = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b])), _mm512_cvtepi32_ps(totals[b]), sum);
-      if (x.sum) sum = _mm512_fmadd_ps(centre, _mm512_set1_ps(x.sum[b]), sum);
-      _mm512_storeu_ps(sums + b * kTileRows, sum);
-    }
+    add_segment(totals, segment, x, sums);
   }
 };
 
