@@ -66,18 +66,16 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of ``[batch, heads, new, size]`` queries, as transformers calls it.
 
-    For a single token, the heads that share keys are rows of one product. So keys are not repeated for each head.
+    For a single token keys are not repeated for the heads that share them.
     """
-    batch, heads, new, _ = query.shape
     special = any(options.get(name) is not None for name in ("softcap", "position_bias"))
-    if new > 1 or special:
+    if query.shape[2] > 1 or special:
         done: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return done
-    shared = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
     attended = nn.functional.scaled_dot_product_attention(
-        shared, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+        query, key, value, attn_mask=attention_mask, scale=options.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
     )
-    return attended.reshape(batch, 1, heads, -1), None
+    return attended.transpose(1, 2), None
 
 
 def mask(**options: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kbit_inductor.lowering import chain
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
 SCHEMAS = {
@@ -25,6 +26,8 @@ SCHEMAS = {
     "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
     # Attention of a few queries over a cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
     "decode_attention_cpu": "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
+    # Several of the two above, one after the other: see kbit_inductor.lowering.chain.
+    "chain_cpu": "(Tensor[] inputs, int[] program, float[] numbers, str[] activations) -> Tensor[]",
     "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
 }
 # Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows;
@@ -68,7 +71,14 @@ def _embedding_fake(indices: Tensor, weight: Tensor, embedding_dim: int, dtype: 
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)  # the heads of a query lie together
+
+
+def _chain_fake(
+    inputs: Sequence[Tensor], program: Sequence[int], numbers: Sequence[float], activations: Sequence[str]
+) -> list[Tensor]:
+    return chain.run(inputs, chain.decode(program, numbers, activations), _fused_fake, _attention_fake)
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,6 +133,7 @@ torch.library.register_fake("kbit::linear_cpu", _linear_fake)
 torch.library.register_fake("kbit::fused_linear_cpu", _fused_fake)
 torch.library.register_fake("kbit::embedding_cpu", _embedding_fake)
 torch.library.register_fake("kbit::decode_attention_cpu", _attention_fake)
+torch.library.register_fake("kbit::chain_cpu", _chain_fake)
 torch.library.register_fake("kbit::linear_grad_input_cpu", _grad_input_fake)
 torch.library.impl("kbit::linear_grad_input_cpu", "CPU", _grad_input)
 torch.library.register_autograd("kbit::linear_cpu", _linear_backward, setup_context=_save_operands)

@@ -99,13 +99,7 @@ class _Fusion:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
-        self.moved(old, new)
-
-    def moved(self, old: fx.Node, new: fx.Node) -> None:
-        """Let what is known of a product's node be known of the node that computes it now."""
-        for use, _ in self.lowered.choices:
-            if use.node is old:
-                use.node = new
+        self.lowered.moved(old, new)
 
     def begin(self) -> None:
         """Every product as a call of the fused operator that fuses nothing."""
@@ -155,7 +149,7 @@ class _Fusion:
                 node.replace_all_uses_with(part)
         for node in nodes:
             self.graph.erase_node(node)
-            self.moved(node, together)
+            self.lowered.moved(node, together)
         self.done["siblings"] += len(nodes)
 
     # act(gate(x)) * up(x)
@@ -186,7 +180,7 @@ class _Fusion:
         node.replace_all_uses_with(fused)
         for dead in (node, activated, gate, up, together):
             self.graph.erase_node(dead)
-        self.moved(together, fused)
+        self.lowered.moved(together, fused)
         return True
 
     # act(linear(x))
@@ -201,7 +195,7 @@ class _Fusion:
             fused = self.call(call, node, node.meta[VALUE])
         self.replace(node, fused)
         self.graph.erase_node(product)
-        self.moved(product, fused)
+        self.lowered.moved(product, fused)
         self.done["activation"] += 1
 
     # residual + linear(x)
@@ -219,7 +213,7 @@ class _Fusion:
                 fused = self.call(call, node, node.meta[VALUE])
             self.replace(node, fused)
             self.graph.erase_node(product)  # type: ignore[arg-type]
-            self.moved(product, fused)  # type: ignore[arg-type]
+            self.lowered.moved(product, fused)  # type: ignore[arg-type]
             self.done["residual"] += 1
             return
 

@@ -30,6 +30,12 @@ class Lowered:
     choices: list[tuple[Use, Choice]] = field(default_factory=list)
     fusions: Counter[str] = field(default_factory=Counter)
 
+    def moved(self, old: fx.Node, new: fx.Node) -> None:
+        """Let what is known of a product's node be known of the node that computes it now."""
+        for use, _ in self.choices:
+            if use.node is old:
+                use.node = new
+
 
 def lower_marks(context: Context) -> Lowered:
     """Replace every mark by the operator of its kernel. Equal views of one weight share a packed weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbit_inductor.capture import Context
+from kbit_inductor.passes.chain import chain
 from kbit_inductor.passes.cleanup import drop_unused_weights
 from kbit_inductor.passes.expand import expand_weight_calls
 from kbit_inductor.passes.fuse import fuse
@@ -17,5 +18,6 @@ def run(context: Context) -> Lowered:
     match_products(context)
     lowered = lower_marks(context)
     lowered.fusions = fuse(context, lowered)
+    chain(context, lowered)
     drop_unused_weights(context, lowered)
     return lowered

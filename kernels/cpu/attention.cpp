@@ -99,10 +99,7 @@ float exponentials(float* values, int64_t count, float largest) {
   return sum;
 }
 
-// What a run of keys gives for one query.
-struct Part {
-  float largest = kNothing, sum = 0;
-};
+using Part = AttentionPart;
 
 // One key head and a run of keys, for all queries that look at it.
 class Task {
@@ -218,29 +215,46 @@ void combine(const Part* parts, const float* values, int64_t runs, int64_t strid
 
 }  // namespace
 
-void decode_attention(const AttentionProblem& p) {
-  const int64_t pairs = p.batch * (p.heads / p.group), rows = p.group * p.queries;
-  const int64_t wanted = std::max<int64_t>(1, 2 * at::get_num_threads() / std::max<int64_t>(1, pairs) + 1);
-  const int64_t runs = std::max<int64_t>(1, std::min(wanted, p.length / kRun));
-  const int64_t run_length = (p.length + runs - 1) / runs;
-  std::vector<Part> parts(pairs * runs * rows);
-  std::vector<float> values(pairs * runs * rows * p.value_size);
-  with_type(p.dtype, [&](auto* type) {
+Attention::Attention(const AttentionProblem& problem, int64_t threads)
+    : problem_(problem), pairs_(problem.batch * (problem.heads / problem.group)) {
+  const int64_t wanted = std::max<int64_t>(1, 2 * threads / std::max<int64_t>(1, pairs_) + 1);
+  runs_ = std::max<int64_t>(1, std::min(wanted, problem.length / kRun));
+  run_length_ = (problem.length + runs_ - 1) / runs_;
+  parts_.resize(runs_ * rows());
+  values_.resize(runs_ * rows() * problem.value_size);
+}
+
+void Attention::compute(int64_t begin, int64_t end) {
+  const int64_t rows = problem_.group * problem_.queries;
+  with_type(problem_.dtype, [&](auto* type) {
     using T = std::decay_t<decltype(*type)>;
-    at::parallel_for(0, pairs * runs, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch;
-      for (int64_t i = begin; i < end; ++i) {
-        Task(p, i, runs, run_length).compute<T>(&parts[i * rows], values.data() + i * rows * p.value_size, scratch);
-      }
-    });
-    T* out = static_cast<T*>(p.out);
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      for (int64_t row = 0; row < rows; ++row, out += p.value_size) {
-        const int64_t first = pair * runs * rows + row;
-        combine(&parts[first], values.data() + first * p.value_size, runs, rows, p.value_size, out);
-      }
+    std::vector<float> scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      float* values = values_.data() + i * rows * problem_.value_size;
+      Task(problem_, i, runs_, run_length_).compute<T>(&parts_[i * rows], values, scratch);
     }
   });
+}
+
+// Row (pair, query of the pair); a pair's queries are those of each head of its group.
+void Attention::combine(int64_t begin, int64_t end) const {
+  const int64_t size = problem_.value_size, queries = problem_.queries, rows = problem_.group * queries;
+  with_type(problem_.dtype, [&](auto* type) {
+    using T = std::decay_t<decltype(*type)>;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t pair = row / rows, own = row % rows;
+      const int64_t batch = pair * problem_.group / problem_.heads, head = pair * problem_.group % problem_.heads + own / queries;
+      T* out = static_cast<T*>(problem_.out) + ((batch * queries + own % queries) * problem_.heads + head) * size;
+      const int64_t first = pair * runs_ * rows + own;
+      kbit::combine(&parts_[first], values_.data() + first * size, runs_, rows, size, out);
+    }
+  });
+}
+
+void decode_attention(const AttentionProblem& problem) {
+  Attention attention(problem, at::get_num_threads());
+  at::parallel_for(0, attention.tasks(), 1, [&](int64_t begin, int64_t end) { attention.compute(begin, end); });
+  attention.combine(0, attention.rows());
 }
 
 }  // namespace kbit

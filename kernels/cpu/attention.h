@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <vector>
 
 #include "dtype.h"
 
@@ -24,10 +26,33 @@ struct AttentionProblem {
   HeadStrides mask_strides{};
   int64_t mask_column = 0;
   Dtype dtype;
-  void* out;  // [B, H, M, Dv], contiguous
+  void* out;  // [B, M, H, Dv], contiguous: the heads of a query together, as the product behind it reads them
+};
+
+// What a run of keys gives for one query.
+struct AttentionPart {
+  float largest = -std::numeric_limits<float>::infinity(), sum = 0;
 };
 
 // out = softmax(scale * q @ k.T + mask) @ v, with sums in float32. A query that may look at nothing gives NaN, as in PyTorch's math.
 void decode_attention(const AttentionProblem& problem);
+
+// The same in tasks that any threads may compute, in any order: first all of the one kind, then all of the other.
+class Attention {
+ public:
+  // For about `threads` threads. `problem` has to outlive this.
+  Attention(const AttentionProblem& problem, int64_t threads);
+
+  int64_t tasks() const { return pairs_ * runs_; }
+  void compute(int64_t begin, int64_t end);
+  int64_t rows() const { return problem_.batch * problem_.heads * problem_.queries; }  // of the result
+  void combine(int64_t begin, int64_t end) const;
+
+ private:
+  const AttentionProblem& problem_;
+  int64_t pairs_, runs_, run_length_;  // of a sequence and a key head; of keys
+  std::vector<AttentionPart> parts_;   // [pairs][runs][queries that look at the pair]
+  std::vector<float> values_;          // the same, [Dv] each
+};
 
 }  // namespace kbit

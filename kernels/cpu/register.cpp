@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "chain.h"
 #include "isa.h"
 #include "packed_memory.h"
 #include "quantize.h"
@@ -121,12 +122,19 @@ class Product {
     problem_.residual = keep(operand(residual, "residual", x_.scalar_type(), shape()));
   }
 
-  Tensor compute() {
+  // The result, which whoever computes problem() fills. It may be empty: then there is nothing to compute.
+  Tensor result() {
     Tensor y = at::empty(shape(), x_.options().memory_format(at::MemoryFormat::Contiguous));
-    if (y.numel() == 0) return y;
-    problem_.x.rows = y.numel() / rows_;
+    problem_.x.rows = y.numel() ? y.numel() / rows_ : 0;
     problem_.y = y.mutable_data_ptr();
-    tiled_linear(problem_);
+    return y;
+  }
+
+  const TiledProblem& problem() const { return problem_; }
+
+  Tensor compute() {
+    Tensor y = result();
+    if (y.numel()) tiled_linear(problem_);
     return y;
   }
 
@@ -198,38 +206,145 @@ Tensor heads(const Tensor& tensor, const char* name, at::ScalarType type) {
   return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : tensor.contiguous();
 }
 
+// Operands of an attention, checked, and kept alive while the kernels read them.
+class AttentionCall {
+ public:
+  AttentionCall(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask, double scale) {
+    const at::ScalarType type = query.scalar_type();
+    AttentionProblem& p = problem_;
+    p.dtype = dtype_of(type, "query");
+    q_ = heads(query, "query", type), k_ = heads(key, "key", type), v_ = heads(value, "value", type);
+    p.batch = q_.size(0), p.heads = q_.size(1), p.queries = q_.size(2), p.size = q_.size(3);
+    p.length = k_.size(2), p.value_size = v_.size(3);
+    TORCH_CHECK(k_.size(0) == p.batch && v_.size(0) == p.batch && k_.size(3) == p.size && v_.size(1) == k_.size(1) &&
+                    v_.size(2) == p.length,
+                "query ", q_.sizes(), ", key ", k_.sizes(), " and value ", v_.sizes(), " do not fit together");
+    TORCH_CHECK(p.heads == 0 || (k_.size(1) > 0 && p.heads % k_.size(1) == 0), "the ", p.heads,
+                " heads of query are no multiple of the ", k_.size(1), " of key");
+    p.group = p.heads ? p.heads / k_.size(1) : 1;
+    if (mask) add_mask(*mask, type);
+    p.q = q_.const_data_ptr(), p.k = k_.const_data_ptr(), p.v = v_.const_data_ptr();
+    p.q_strides = strides_of(q_), p.k_strides = strides_of(k_), p.v_strides = strides_of(v_);
+    p.scale = static_cast<float>(scale);
+  }
+
+  // [B, M, H, Dv], which whoever computes problem() fills. It may be empty: then there is nothing to compute.
+  Tensor result() {
+    const AttentionProblem& p = problem_;
+    Tensor out = at::empty({p.batch, p.queries, p.heads, p.value_size}, q_.options().memory_format(at::MemoryFormat::Contiguous));
+    problem_.out = out.mutable_data_ptr();
+    return out;
+  }
+
+  const AttentionProblem& problem() const { return problem_; }
+
+ private:
+  void add_mask(const Tensor& mask, at::ScalarType type) {
+    AttentionProblem& p = problem_;
+    TORCH_CHECK(mask.device().is_cpu() && (mask.scalar_type() == at::kBool || mask.scalar_type() == type),
+                "mask must be bool or of the dtype of query, got ", mask.scalar_type());
+    mask_ = mask.expand({p.batch, p.heads, p.queries, p.length});
+    p.mask_type = mask.scalar_type() == at::kBool ? MaskType::Bool : MaskType::Like;
+    p.mask = mask_.const_data_ptr();
+    p.mask_strides = strides_of(mask_);
+    p.mask_column = mask_.stride(3);
+  }
+
+  Tensor q_, k_, v_, mask_;
+  AttentionProblem problem_;
+};
+
 Tensor decode_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
                             double scale) {
-  const at::ScalarType type = query.scalar_type();
-  AttentionProblem p;
-  p.dtype = dtype_of(type, "query");
-  const Tensor q = heads(query, "query", type), k = heads(key, "key", type), v = heads(value, "value", type);
-  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.size = q.size(3);
-  p.length = k.size(2), p.value_size = v.size(3);
-  TORCH_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && k.size(3) == p.size && v.size(1) == k.size(1) &&
-                  v.size(2) == p.length,
-              "query ", q.sizes(), ", key ", k.sizes(), " and value ", v.sizes(), " do not fit together");
-  TORCH_CHECK(p.heads == 0 || (k.size(1) > 0 && p.heads % k.size(1) == 0), "the ", p.heads,
-              " heads of query are no multiple of the ", k.size(1), " of key");
-  p.group = p.heads ? p.heads / k.size(1) : 1;
-  Tensor expanded;
-  if (mask) {
-    TORCH_CHECK(mask->device().is_cpu() && (mask->scalar_type() == at::kBool || mask->scalar_type() == type),
-                "mask must be bool or of the dtype of query, got ", mask->scalar_type());
-    expanded = mask->expand({p.batch, p.heads, p.queries, p.length});
-    p.mask_type = mask->scalar_type() == at::kBool ? MaskType::Bool : MaskType::Like;
-    p.mask = expanded.const_data_ptr();
-    p.mask_strides = strides_of(expanded);
-    p.mask_column = expanded.stride(3);
+  AttentionCall call(query, key, value, mask, scale);
+  Tensor out = call.result();
+  if (out.numel()) decode_attention(call.problem());
+  return out.transpose(1, 2);
+}
+
+// Reads the steps of a chain: see lowering/chain.py, which writes them.
+class ChainReader {
+ public:
+  ChainReader(const at::TensorList inputs, at::IntArrayRef program, at::ArrayRef<double> numbers,
+              const c10::List<std::string>& activations)
+      : values_(inputs.begin(), inputs.end()), program_(program), numbers_(numbers), activations_(activations) {
+    TORCH_CHECK(numbers.size() == activations.size(), "a chain has a number and an activation for each step");
+    for (size_t step = 0; step < numbers.size(); ++step) read_step(step);
+    TORCH_CHECK(at_ == program_.size(), "the program of a chain is longer than its steps");
   }
-  Tensor out = at::empty({p.batch, p.heads, p.queries, p.value_size}, query.options().memory_format(at::MemoryFormat::Contiguous));
-  if (out.numel() == 0) return out;
-  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  p.q_strides = strides_of(q), p.k_strides = strides_of(k), p.v_strides = strides_of(v);
-  p.scale = static_cast<float>(scale);
-  p.out = out.mutable_data_ptr();
-  decode_attention(p);
-  return out;
+
+  const std::vector<ChainStep>& steps() const { return steps_; }
+  std::vector<Tensor> results() && { return std::move(results_); }
+
+ private:
+  int64_t next() {
+    TORCH_CHECK(at_ < program_.size(), "the program of a chain ends within a step");
+    return program_[at_++];
+  }
+
+  // An input of the chain or the result of an earlier step.
+  const Tensor& tensor(int64_t index) const {
+    TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(values_.size()), "a step of a chain reads a value that is not there");
+    return values_[index];
+  }
+  OptionalTensor optional() {
+    const int64_t index = next();
+    return index < 0 ? OptionalTensor() : OptionalTensor(tensor(index));
+  }
+
+  void read_step(size_t step) {
+    const bool product = next(), returned = next();
+    Tensor result = product ? read_product(step) : read_attention(step);
+    if (returned) results_.push_back(result);
+    values_.push_back(std::move(result));
+  }
+
+  Tensor read_product(size_t step) {
+    const Tensor& x = tensor(next());
+    Product product(x, next());
+    if (const OptionalTensor norm = optional()) product.norm(*norm, numbers_[step]);
+    const OptionalTensor residual = optional();
+    const bool gated = next();
+    const int64_t count = next();
+    TORCH_CHECK(count >= 1, "a product needs a weight");
+    for (int64_t i = 0; i < count; ++i) {
+      const Tensor& weight = tensor(next());
+      const OptionalTensor bias = optional();
+      product.weight(weight, next(), bias);
+    }
+    product.activation(std::string(activations_.get(step)), gated);
+    if (residual) product.residual(*residual);
+    Tensor result = product.result();
+    products_.push_back(std::move(product));
+    if (result.numel()) steps_.emplace_back(products_.back().problem());
+    return result;
+  }
+
+  Tensor read_attention(size_t step) {
+    const Tensor &query = tensor(next()), &key = tensor(next()), &value = tensor(next());
+    const OptionalTensor mask = optional();
+    AttentionCall call(query, key, value, mask, numbers_[step]);
+    Tensor result = call.result();
+    attentions_.push_back(std::move(call));
+    if (result.numel()) steps_.emplace_back(attentions_.back().problem());
+    return result.flatten(2);
+  }
+
+  std::vector<Tensor> values_, results_;
+  at::IntArrayRef program_;
+  at::ArrayRef<double> numbers_;
+  const c10::List<std::string>& activations_;
+  size_t at_ = 0;
+  std::vector<Product> products_;
+  std::vector<AttentionCall> attentions_;
+  std::vector<ChainStep> steps_;
+};
+
+std::vector<Tensor> chain_cpu(const at::TensorList inputs, at::IntArrayRef program, at::ArrayRef<double> numbers,
+                              const c10::List<std::string>& activations) {
+  ChainReader reader(inputs, program, numbers, activations);
+  run_chain(reader.steps());
+  return std::move(reader).results();
 }
 
 Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
@@ -336,7 +451,7 @@ TORCH_LIBRARY_IMPL(kbit, CompositeImplicitAutograd, m) {
 
 // Without derivatives of their own, operators would pass through a fallback that costs as much as a small product.
 TORCH_LIBRARY_IMPL(kbit, Autograd, m) {
-  for (const char* name : {"fused_linear_cpu", "embedding_cpu", "decode_attention_cpu"}) {
+  for (const char* name : {"fused_linear_cpu", "embedding_cpu", "decode_attention_cpu", "chain_cpu"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
@@ -346,6 +461,7 @@ TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("fused_linear_cpu", fused_linear_cpu);
   m.impl("embedding_cpu", embedding_cpu);
   m.impl("decode_attention_cpu", decode_attention_cpu);
+  m.impl("chain_cpu", chain_cpu);
   m.impl("dequantize_cpu", dequantize_cpu);
   m.impl("tile_cpu", tile_cpu);
   m.impl("untile_cpu", untile_cpu);

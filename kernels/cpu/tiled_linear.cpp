@@ -11,7 +11,8 @@ namespace kbit {
 namespace {
 
 constexpr int64_t kGrain = 1 << 16;       // multiply-adds worth handing to another thread
-constexpr int64_t kChunkRows = 8 * kActivationRows;  // digit rows of x that one unpacked segment serves: their sums fit L1
+constexpr int64_t kChunkBlocks = 8;       // blocks of x that one unpacked segment serves: their sums fit L1
+constexpr int64_t kChunkRows = kChunkBlocks * kActivationRows;
 
 // What is left to do with the sums of 16 rows of a weight.
 class Epilogue {
@@ -108,53 +109,71 @@ void float_row(const TiledWeight& weight, int64_t row_block, const float* x, flo
 
 }  // namespace
 
-void tiled_linear(const TiledProblem& problem) {
-  const TiledLayout& layout = problem.weights.front();
-  Activations x(problem.x, layout, problem.activation_bits);
+int64_t row_blocks_of(const TiledProblem& problem) {
+  if (problem.gated) return problem.weights.front().row_blocks;
+  int64_t total = 0;
+  for (const TiledWeight& weight : problem.weights) total += weight.row_blocks;
+  return total;
+}
+
+const uint8_t* row_block_of(const TiledProblem& problem, int64_t index) {
+  const Task task = task_of(problem, index);
+  return problem.weights[problem.gated ? 0 : task.weight].block(task.row_block);
+}
+
+TiledProduct::TiledProduct(const TiledProblem& problem)
+    : problem_(problem), x_(problem.x, problem.weights.front(), problem.activation_bits), row_blocks_(row_blocks_of(problem)) {
   for (const TiledWeight& weight : problem.weights) {
     if (weight.bits != 1) continue;
-    x.fill_table(isa(), weight);  // one for all, as they share columns and groups
+    x_.fill_table(isa(), weight);  // one for all, as they share columns and groups
     break;
   }
-  const int digits = x.digits();
-  const Epilogue epilogue(problem, digits);
+  chunks_ = ceil_div(static_cast<int64_t>(x_.blocks().size()), kChunkBlocks);
+}
+
+int64_t TiledProduct::grain() const {
+  const int64_t rows = std::min<int64_t>(x_.rows() * x_.digits(), kChunkRows);
+  return kGrain / (kTileRows * (problem_.weights.front().columns + 1) * rows) + 1;
+}
+
+void TiledProduct::compute(int64_t begin, int64_t end) const {
+  alignas(64) float sums[kChunkRows * kTileRows];
+  alignas(64) float gate[kChunkRows * kTileRows];
+  const Epilogue epilogue(problem_, x_.digits());
   const DotKernel dot = isa().dot;
-  const int64_t chunk_blocks = kChunkRows / kActivationRows;
-  const int64_t chunks = ceil_div(static_cast<int64_t>(x.blocks().size()), chunk_blocks);
-  int64_t tasks = 0;
-  for (const TiledWeight& weight : problem.weights) tasks += weight.row_blocks;
-  if (problem.gated) tasks /= 2;
-
-  const int64_t work = kTileRows * (layout.columns + 1) * std::min<int64_t>(x.rows() * digits, kChunkRows);
-  // A chunk of x stays in the L2 cache while the weight streams past.
-  at::parallel_for(0, tasks * chunks, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float sums[kChunkRows * kTileRows];
-    alignas(64) float gate[kChunkRows * kTileRows];
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t chunk = index / tasks, first = chunk * chunk_blocks;
-      const int64_t count = std::min<int64_t>(chunk_blocks, static_cast<int64_t>(x.blocks().size()) - first);
-      const Task task = task_of(problem, index % tasks);
-      dot(problem.weights[task.weight], task.row_block, x.blocks().data() + first, count, sums);
-      if (problem.gated) dot(problem.weights[0], task.row_block, x.blocks().data() + first, count, gate);
-      const int64_t row = first * x.rows_per_block();
-      const int64_t rows = std::min(count * x.rows_per_block(), x.rows() - row);
-      epilogue.store(row, rows, task.row_block, task.weight, task.column, sums, problem.gated ? gate : nullptr);
-    }
-  });
-
-  for (const int64_t row : x.not_finite()) {
-    std::vector<float> values(layout.columns);
-    Activations::row(problem.x, layout.columns, row, values.data());
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float sums[3 * kTileRows] = {}, gate[3 * kTileRows] = {};
-      for (int64_t index = begin; index < end; ++index) {
-        const Task task = task_of(problem, index);
-        float_row(problem.weights[task.weight], task.row_block, values.data(), sums);
-        if (problem.gated) float_row(problem.weights[0], task.row_block, values.data(), gate);
-        epilogue.store(row, 1, task.row_block, task.weight, task.column, sums, problem.gated ? gate : nullptr);
-      }
-    });
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index / row_blocks_ * kChunkBlocks;
+    const int64_t count = std::min(kChunkBlocks, static_cast<int64_t>(x_.blocks().size()) - first);
+    const Task task = task_of(problem_, index % row_blocks_);
+    const ActivationBlock* blocks = x_.blocks().data() + first;
+    dot(problem_.weights[task.weight], task.row_block, blocks, count, sums);
+    if (problem_.gated) dot(problem_.weights[0], task.row_block, blocks, count, gate);
+    const int64_t row = first * x_.rows_per_block();
+    const int64_t rows = std::min(count * x_.rows_per_block(), x_.rows() - row);
+    epilogue.store(row, rows, task.row_block, task.weight, task.column, sums, problem_.gated ? gate : nullptr);
   }
+  for (const int64_t row : x_.not_finite()) compute_not_finite(row, begin, end);
+}
+
+// The results of that row among those of the tasks.
+void TiledProduct::compute_not_finite(int64_t row, int64_t begin, int64_t end) const {
+  const Epilogue epilogue(problem_, x_.digits());
+  const int64_t columns = problem_.weights.front().columns, chunk = row / (kChunkBlocks * x_.rows_per_block());
+  std::vector<float> values(columns);
+  Activations::row(problem_.x, columns, row, values.data());
+  alignas(64) float sums[3 * kTileRows] = {}, gate[3 * kTileRows] = {};
+  begin = std::max(begin, chunk * row_blocks_), end = std::min(end, (chunk + 1) * row_blocks_);
+  for (int64_t index = begin; index < end; ++index) {
+    const Task task = task_of(problem_, index % row_blocks_);
+    float_row(problem_.weights[task.weight], task.row_block, values.data(), sums);
+    if (problem_.gated) float_row(problem_.weights[0], task.row_block, values.data(), gate);
+    epilogue.store(row, 1, task.row_block, task.weight, task.column, sums, problem_.gated ? gate : nullptr);
+  }
+}
+
+void tiled_linear(const TiledProblem& problem) {
+  const TiledProduct product(problem);
+  at::parallel_for(0, product.tasks(), product.grain(), [&](int64_t begin, int64_t end) { product.compute(begin, end); });
 }
 
 }  // namespace kbit

@@ -32,6 +32,29 @@ struct TiledProblem {
 // y = residual + activation(norm(x) @ W.T + bias), or with the gate's product in place of the activation.
 void tiled_linear(const TiledProblem& problem);
 
+// The same in tasks that any threads may compute, in any order.
+class TiledProduct {
+ public:
+  // Quantizes the activations. `problem` has to outlive this.
+  explicit TiledProduct(const TiledProblem& problem);
+
+  int64_t tasks() const { return row_blocks_ * chunks_; }
+  int64_t grain() const;  // so many tasks are worth handing to another thread
+  void compute(int64_t begin, int64_t end) const;
+
+ private:
+  void compute_not_finite(int64_t row, int64_t begin, int64_t end) const;
+
+  const TiledProblem& problem_;
+  Activations x_;
+  int64_t row_blocks_, chunks_;  // a chunk of x stays in the L2 cache while the weights stream past
+};
+
+// Where the row blocks of all weights lie one after the other; those of a gate and of what it gates go together.
+int64_t row_blocks_of(const TiledProblem& problem);
+// The first weight's bytes that row block `index` of them reads.
+const uint8_t* row_block_of(const TiledProblem& problem, int64_t index);
+
 // out [count, K] of `dtype` = rows `indices` of the table, each below weight.rows (unchecked).
 void tiled_embedding(const TiledWeight& weight, const int64_t* indices, int64_t count, void* out, Dtype dtype);
 

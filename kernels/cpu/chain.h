@@ -1,0 +1,17 @@
+// Products and attention of few rows, one after the other on the same threads.
+#pragma once
+
+#include <variant>
+#include <vector>
+
+#include "attention.h"
+#include "tiled_linear.h"
+
+namespace kbit {
+
+using ChainStep = std::variant<TiledProblem, AttentionProblem>;
+
+// Every step may read what earlier ones wrote.
+void run_chain(const std::vector<ChainStep>& steps);
+
+}  // namespace kbit
