@@ -14,7 +14,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width, tiled_nbytes
-from kbit_inductor.quantizers import QUANTIZERS
+from kbit_inductor.quantizers import QUANTIZERS, Levels
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
@@ -84,7 +84,7 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
         levels = config.levels()
         quantized = QUANTIZERS[config.quantizer](weight, config.bits, group_size, config.symmetric, levels)
         grid = (quantized.scale, quantized.offset, quantized.global_scale)
-        codebook = None if levels is None else torch.tensor(levels, dtype=torch.uint8, device=weight.device)
+        codebook = Levels(config.bits, levels).table(weight.device)
         operands: Operands
         if layout == "tiled":
             operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook),)
@@ -99,7 +99,7 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T | None, T, T | None]:
-    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what a weight of ``config`` has not."""
+    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what ``config`` does without."""
     rest = list(operands)
     codebook = rest.pop() if config.levels() else None
     planes, scale, *offset, global_scale = rest

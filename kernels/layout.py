@@ -8,8 +8,9 @@ The values come back by an affine map per group of ``group_size`` columns::
 
     w[n, c] = (scale[n, g] * level[n, c] + offset[n, g]) * global_scale        g = c // group_size
 
-The level is the code itself, or ``codebook[code]`` where the weight has a ``codebook``: uint8 ``[2 ** k]``, ascending. A codebook has
-2 to 7 bits: any two levels are a scale and an offset, and the 256 levels of 8 bits could only be 0 to 255.
+The level is the code itself, or ``codebook[code]`` where the weight has a ``codebook``: uint8 ``[2 ** k]``, ascending. Codebooks
+have 2 to 7 bits: any two levels are a scale and an offset, and the 256 levels of 8 bits could only be 0 to 255.
+
 ``scale`` and ``offset`` are float16 ``[N, G]``, ``G = ceil(K / group_size)``; ``global_scale`` is float32 ``[1]``, a power of two
 that keeps both inside float16's range whatever the magnitude of the weight. ``offset=None`` stands for the symmetric grid
 ``offset = -scale * midpoint``. The map holds GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks exactly.

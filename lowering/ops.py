@@ -94,9 +94,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     planes, scale, offset, global_scale, codebook = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.kbit.linear_grad_input(
-            grad, planes, scale, offset, global_scale, ctx.columns, ctx.group_size, codebook
-        )
+        to_x = torch.ops.kbit.linear_grad_input(grad, planes, scale, offset, global_scale, ctx.columns, ctx.group_size, codebook)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return to_x, None, None, None, None, to_bias, None, None

@@ -1,4 +1,4 @@
-"""Codebooks: their levels, the quantizers that assign them, and the way of a weight with one through both layouts and the backend."""
+"""Codebooks: their levels, the quantizers that assign them, and the way of a weight through both layouts and the backend."""
 
 from __future__ import annotations
 
@@ -106,9 +106,10 @@ def test_more_bits_never_raise_the_error(_form, name, symmetric):
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@given(bits=st.integers(2, 7), name=st.sampled_from(NAMES), method=st.sampled_from(sorted(QUANTIZERS)), data=st.data())
-def test_a_weight_on_the_levels_comes_out_exact(symmetric, bits, name, method, data):
+# A symmetric grid of levels that are no mirror image has a right side up, which the weight does not tell: so not "nf".
+@pytest.mark.parametrize(("name", "symmetric"), [("normal", False), ("normal", True), ("nf", False)])
+@given(bits=st.integers(2, 7), method=st.sampled_from(sorted(QUANTIZERS)), data=st.data())
+def test_a_weight_on_the_levels_comes_out_exact(name, symmetric, bits, method, data):
     levels = torch.tensor(codebook(name, bits)).float() - 128
     seed, step = data.draw(SEEDS), data.draw(st.integers(-20, 8))
     codes = torch.randint(0, 2**bits, (3, 2, 40), generator=torch.Generator().manual_seed(seed))
@@ -205,12 +206,12 @@ def test_a_compiled_model_computes_with_the_levels(name, batch):
 
 def test_without_the_compiled_kernels_the_reference_computes_the_same(monkeypatch):
     monkeypatch.setattr(registry, "_cpu_library_problem", lambda: "not in this test")
-    model, tokens = Model().eval(), torch.randint(0, 50, (3,))
+    model, x = torch.nn.Sequential(torch.nn.Linear(72, 40)).eval(), torch.randn(3, 72)
     options = {"codebook": "normal", "min_elements": 0}
     with torch.no_grad():
-        y = torch.compile(model, backend="kbit", options=options)(tokens)
-        assert relative_error(y, dequantized_copy(model)(tokens)) < 1e-5
-        assert kbit.explain(model, tokens, config=options).layer("up").kernels == ("reference",)
+        y = torch.compile(model, backend="kbit", options=options)(x)
+        assert relative_error(y, dequantized_copy(model)(x)) < 1e-5
+        assert kbit.explain(model, x, config=options).layer("0").kernels == ("reference",)
 
 
 @pytest.mark.parametrize("value", ["gaussian", 3, None])

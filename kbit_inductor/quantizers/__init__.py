@@ -10,6 +10,7 @@ from torch import Tensor
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.codebooks import CODEBOOK_NAMES, Codebook, codebook
 from kbit_inductor.quantizers.grid import Quantized
+from kbit_inductor.quantizers.levels import Levels
 from kbit_inductor.quantizers.rtn import rtn
 
 Quantizer = Callable[[Tensor, int, int, bool, "Codebook | None"], Quantized]
@@ -17,4 +18,4 @@ Quantizer = Callable[[Tensor, int, int, bool, "Codebook | None"], Quantized]
 
 QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({"clip": clip, "rtn": rtn})
 
-__all__ = ["CODEBOOK_NAMES", "QUANTIZERS", "Codebook", "Quantized", "Quantizer", "clip", "codebook", "rtn"]
+__all__ = ["CODEBOOK_NAMES", "QUANTIZERS", "Codebook", "Levels", "Quantized", "Quantizer", "clip", "codebook", "rtn"]

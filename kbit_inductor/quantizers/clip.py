@@ -17,7 +17,7 @@ from kbit_inductor.quantizers.rtn import full_range
 CANDIDATES = 24
 # The range worth trying shrinks with the bits: at 8 bits a Gaussian group loses from any cut below a few percent.
 LOWEST_SHRINK = {1: 0.2, 2: 0.4, 3: 0.55, 4: 0.65, 5: 0.75, 6: 0.85, 7: 0.9, 8: 0.92}
-# Lowest and highest for a codebook. Its outer levels are made for values that a group of few does not hold: its range may be wider.
+# Of codebooks: a group of few does not hold the values that their outer levels are made for, so a wider range may be better.
 CODEBOOK_SHRINK = {2: (0.4, 1.0), 3: (0.5, 1.1), 4: (0.6, 1.45), 5: (0.7, 1.7), 6: (0.8, 1.8), 7: (0.85, 1.8)}
 
 

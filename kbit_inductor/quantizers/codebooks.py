@@ -31,7 +31,7 @@ def lloyd_max(bits: int) -> Tensor:
     levels = math.sqrt(3) * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     moved = math.inf
     while moved > CONVERGED:
-        probability, mean = _cells(levels)
+        _, mean = _cells(levels)
         moved = float((mean - levels).abs().max())
         levels = mean
     return levels

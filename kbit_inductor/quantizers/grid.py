@@ -60,12 +60,13 @@ class Method:
 def quantize_groups(weight: Tensor, levels: Levels, group_size: int, symmetric: bool, method: Method) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` of any floating dtype, with one grid per group of columns."""
     compiled = quantize_operator(weight)
-    if compiled is None or levels.codebook is not None:
+    if compiled is None:
         return _quantize_in_pytorch(weight, levels, group_size, symmetric, method.find_grid)
     global_scale = _global_scale(weight)
     codes, scale, offset, errors = compiled(
-        weight, float(global_scale), levels.bits, group_size, symmetric, method.lowest_shrink, method.candidates
-    )
+        weight, float(global_scale), levels.bits, group_size, symmetric, method.lowest_shrink, method.highest_shrink,
+        method.candidates, levels.table(weight.device),
+    )  # fmt: skip
     squared_error, squared_norm = errors.sum(dim=0).tolist()
     return Quantized(codes, scale, None if symmetric else offset, global_scale, _ratio(squared_error, squared_norm))
 
@@ -116,8 +117,8 @@ def _fill(
 
 
 def encode(groups: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
-    """Nearest levels, as float32 ``[R, g]``, of ``groups`` on the grids ``scale`` ``[R]`` and ``offset``; the lowest where the scale is
-    0 and there is an offset."""
+    """Nearest levels, as float32 ``[R, g]``, of ``groups`` on the grids ``scale`` ``[R]`` and ``offset``; where the scale is 0, the
+    level that is nearest to zero."""
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale).unsqueeze(-1)
     zero = levels.midpoint if offset is None else (-offset.unsqueeze(-1) * inverse)
     return levels.nearest(groups * inverse + zero)

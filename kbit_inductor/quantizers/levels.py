@@ -21,16 +21,22 @@ class Levels:
 
     @property
     def lowest(self) -> int:
+        """The level of code 0."""
         return self.codebook[0] if self.codebook else 0
 
     @property
     def highest(self) -> int:
+        """The level of the last code."""
         return self.codebook[-1] if self.codebook else 2**self.bits - 1
 
     @property
     def midpoint(self) -> float:
         """The level that means zero in a symmetric grid."""
         return midpoint(level_bits(self.bits, self.codebook is not None))
+
+    def table(self, device: torch.device) -> Tensor | None:
+        """The codebook as the operators take it, uint8 ``[2 ** bits]``; None where every code is its own level."""
+        return None if self.codebook is None else torch.tensor(self.codebook, dtype=torch.uint8, device=device)
 
     def nearest(self, values: Tensor) -> Tensor:
         """The nearest level of each of ``values``, both float32 of any shape; ``values`` may be overwritten."""

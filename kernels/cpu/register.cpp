@@ -42,6 +42,15 @@ Tensor operand(const Tensor& tensor, const char* name, at::ScalarType type, at::
   return tensor.contiguous();
 }
 
+// The levels that the codes of a weight stand for, checked.
+Tensor codebook_operand(const Tensor& codebook, int64_t bits) {
+  TORCH_CHECK(takes_codebook(static_cast<int>(bits)), "codebooks are of 2 to 7 bits, got ", bits);
+  const Tensor levels = operand(codebook, "codebook", at::kByte, {int64_t{1} << bits});
+  const auto* level = levels.const_data_ptr<uint8_t>();
+  for (int64_t i = 1; i < levels.numel(); ++i) TORCH_CHECK(level[i - 1] < level[i], "codebook must ascend");
+  return levels;
+}
+
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 
 // The packed weight in `packed`, whose header is checked against what the caller knows: a wrong one would be read out of bounds.
@@ -242,15 +251,6 @@ Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
   return out;
 }
 
-// The levels that the codes of a weight stand for, checked.
-Tensor codebook_operand(const Tensor& codebook, int64_t bits) {
-  TORCH_CHECK(takes_codebook(static_cast<int>(bits)), "codebooks are of 2 to 7 bits, got ", bits);
-  const Tensor levels = operand(codebook, "codebook", at::kByte, {int64_t{1} << bits});
-  const auto* level = levels.const_data_ptr<uint8_t>();
-  for (int64_t i = 1; i < levels.numel(); ++i) TORCH_CHECK(level[i - 1] < level[i], "codebook must ascend");
-  return levels;
-}
-
 Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
                 int64_t bits, int64_t group_size, const OptionalTensor& codebook) {
   TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
@@ -320,7 +320,8 @@ void force_isa_cpu(std::string_view name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, double global_scale, int64_t bits,
                                                         int64_t group_size, bool symmetric, double lowest_shrink,
-                                                        int64_t candidates) {
+                                                        double highest_shrink, int64_t candidates,
+                                                        const OptionalTensor& codebook) {
   TORCH_CHECK(weight.dim() == 2, "weight must be a matrix [N, K], got ", weight.sizes());
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1, "group_size must be at least 1, got ", group_size);
@@ -333,8 +334,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, do
   const Tensor scale = at::empty({rows, groups}, source.options().dtype(at::kHalf));
   const Tensor offset = at::empty({symmetric ? 0 : rows, groups}, source.options().dtype(at::kHalf));
   const Tensor errors = at::zeros({rows, 2}, source.options().dtype(at::kDouble));
-  const GridSearch search{static_cast<int>(bits), group_size, symmetric, static_cast<float>(global_scale),
-                          lowest_shrink, static_cast<int>(candidates)};
+  const Tensor levels = codebook ? codebook_operand(*codebook, bits) : Tensor();
+  const GridSearch search{static_cast<int>(bits), group_size, symmetric, static_cast<float>(global_scale), lowest_shrink,
+                          highest_shrink, static_cast<int>(candidates), codebook ? levels.const_data_ptr<uint8_t>() : nullptr};
   quantize(source.const_data_ptr(), dtype, rows, columns, search,
            {codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<at::Half>(), offset.mutable_data_ptr<at::Half>(),
             errors.mutable_data_ptr<double>()});
