@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 import kbit_inductor as kbit
+from kbit_inductor._compat import FakeTensorMode
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.kernels.layout import takes_codebook
 from kbit_inductor.lowering import registry
@@ -62,6 +63,12 @@ def test_rounded_to_bytes_lloyd_max_is_still_better_than_the_best_even_grid(bits
 def test_where_every_code_is_its_own_level_there_is_no_codebook(name):
     assert codebook(name, 1) is None and codebook(name, 8) is None
     assert (codebook(name, 4) is None) == (name == "uniform")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_levels_are_computed_whatever_mode_and_default_device(name):
+    with FakeTensorMode(), torch.device("meta"):
+        assert codebook.__wrapped__(name, 3) == codebook(name, 3)
 
 
 @given(bits=BITS, data=st.data())

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from kbit_inductor._compat import no_modes
 from kbit_inductor.kernels.layout import MAX_BITS, midpoint, takes_codebook
 
 UNIFORM = "uniform"
@@ -28,7 +29,8 @@ def lloyd_max(bits: int) -> Tensor:
     """
     count = 2**bits
     # The best levels of many are spaced as the quantiles of a Gaussian of variance 3 (Panter and Dite, 1951).
-    levels = math.sqrt(3) * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    middles = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
+    levels: Tensor = math.sqrt(3) * torch.special.ndtri(middles)
     moved = math.inf
     while moved > CONVERGED:
         _, mean = _cells(levels)
@@ -61,9 +63,11 @@ def normal_float(bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
     above, below = (
-        torch.special.ndtri(torch.linspace(0.5, outermost, count, dtype=torch.float64))[1:] for count in (half + 1, half)
+        torch.special.ndtri(torch.linspace(0.5, outermost, count, dtype=torch.float64, device="cpu"))[1:]
+        for count in (half + 1, half)
     )
-    return torch.cat([-below.flip(0), above.new_zeros(1), above]) / above[-1]
+    levels = torch.cat([-below.flip(0), above.new_zeros(1), above])
+    return levels / levels[-1]
 
 
 CODEBOOKS: Mapping[str, Callable[[int], Tensor]] = MappingProxyType({"normal": lloyd_max, "nf": normal_float})
@@ -75,7 +79,8 @@ def codebook(name: str, bits: int) -> Codebook | None:
     """The levels of the codebook called ``name``, one of :data:`CODEBOOK_NAMES`; None where every code is its own level."""
     if name == UNIFORM or not takes_codebook(bits):
         return None
-    return to_bytes(CODEBOOKS[name](bits))
+    with no_modes():  # it may be asked for while a graph is traced
+        return to_bytes(CODEBOOKS[name](bits))
 
 
 def to_bytes(levels: Tensor) -> Codebook:
