@@ -11,10 +11,10 @@ from typing import Any
 
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
-from kbit_inductor.quantizers import QUANTIZERS
+from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, codebook
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits")
+LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class LayerConfig:
         quantizer: name of the method that chooses codes, one of ``kbit_inductor.quantizers.QUANTIZERS``.
         activation_bits: what the layer's input is rounded to on the fly: 1 to 8 bits (integers, with a scale for at most 128
             columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
+        codebook: what codes stand for between the ends of a group: ``"uniform"``, an even grid, ``"normal"``, the levels with the
+            least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same.
     """
 
     bits: int = 4
@@ -35,6 +37,7 @@ class LayerConfig:
     symmetric: bool = False
     quantizer: str = "clip"
     activation_bits: int | str = "auto"
+    codebook: str = "uniform"
 
     def __post_init__(self) -> None:
         _integer("bits", self.bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")
@@ -46,10 +49,17 @@ class LayerConfig:
         if self.activation_bits != "auto":
             wanted = "an integer from 1 to 8, 16, or 'auto'"
             _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
+        if self.codebook not in CODEBOOK_NAMES:
+            raise InvalidOptionError(f"option 'codebook' is {self.codebook!r}; give one of {', '.join(CODEBOOK_NAMES)}")
 
     def storage(self) -> LayerConfig:
         """The part that says how the weight is stored: equal for layers that can share a packed weight."""
-        return dataclasses.replace(self, activation_bits="auto")
+        name = self.codebook if self.levels() else "uniform"
+        return dataclasses.replace(self, activation_bits="auto", codebook=name)
+
+    def levels(self) -> Codebook | None:
+        """The levels that codes stand for; None where every code is its own."""
+        return codebook(self.codebook, self.bits)
 
     def group_columns(self, columns: int) -> int:
         """The group size in columns for a row of ``columns``: never more than the row, at least 1."""

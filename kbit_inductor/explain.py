@@ -232,8 +232,9 @@ def _cells(layer: LayerReport) -> list[str]:
         why = "; ".join(layer.reasons)
         return [layer.name, shape, "", "", "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}", "", "", why]
     why = "; ".join((*layer.reasons, *(f"not {name}: {reason}" for name, reason in layer.rejected.items())))
+    bits = f"{layer.config.bits} {layer.config.codebook}" if layer.config.levels() else str(layer.config.bits)
     group = "row" if layer.config.group_size == -1 else str(layer.config.group_size)
     return [
-        layer.name, shape, ", ".join(dict.fromkeys(layer.uses)), str(layer.config.bits), group, f"{layer.bytes_before:,}",
+        layer.name, shape, ", ".join(dict.fromkeys(layer.uses)), bits, group, f"{layer.bytes_before:,}",
         f"{layer.bytes_after:,}", f"{layer.error:.2g}", ", ".join(dict.fromkeys(layer.kernels)), why,
     ]  # fmt: skip

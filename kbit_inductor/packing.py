@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width, tiled_nbytes
-from kbit_inductor.quantizers import QUANTIZERS
+from kbit_inductor.quantizers import QUANTIZERS, Levels
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class PackedWeight:
     """A weight ``[N, K]`` of k-bit codes.
 
     Attributes:
-        operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale``,
-            without ``offset`` when the grid is symmetric; in the layout ``"tiled"`` of the CPU kernels, one uint8 tensor.
+        operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale,
+            codebook``, without ``offset`` when the grid is symmetric and without ``codebook`` when every code is its own level; in
+            the layout ``"tiled"`` of the CPU kernels, one uint8 tensor.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
@@ -46,13 +50,13 @@ class PackedWeight:
         """The float weight ``[N, K]`` that the codes stand for."""
         with no_modes():
             if self.layout == "tiled":
-                codes, scale, zero, global_scale = torch.ops.kbit.untile_cpu(self.operands[0])
+                codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
                 planes, offset = pack_codes(codes, self.config.bits), None if self.config.symmetric else zero
+                codebook = levels if levels.numel() else None
             else:
-                planes, scale, *given, global_scale = self.operands
-                offset = given[0] if given else None
+                planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
             group_size = self.config.group_columns(self.columns)
-            return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype)
+            return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype, codebook)
 
 
 @torch.no_grad()
@@ -77,13 +81,15 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
             )
         columns = weight.size(1)
         group_size = config.group_columns(columns)
-        quantized = QUANTIZERS[config.quantizer](weight, config.bits, group_size, config.symmetric)
+        levels = config.levels()
+        quantized = QUANTIZERS[config.quantizer](weight, config.bits, group_size, config.symmetric, levels)
         grid = (quantized.scale, quantized.offset, quantized.global_scale)
+        codebook = Levels(config.bits, levels).table(weight.device)
         operands: Operands
         if layout == "tiled":
-            operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size),)
+            operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook),)
         else:
-            operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in grid if tensor is not None))
+            operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
         return PackedWeight(operands, config, columns, quantized.error, layout)
 
 
@@ -92,11 +98,20 @@ def _is_finite(weight: Tensor) -> bool:
     return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())
 
 
+def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T | None, T, T | None]:
+    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what ``config`` does without."""
+    rest = list(operands)
+    codebook = rest.pop() if config.levels() else None
+    planes, scale, *offset, global_scale = rest
+    return planes, scale, offset[0] if offset else None, global_scale, codebook
+
+
 def operand_specs(rows: int, columns: int, config: LayerConfig, layout: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each operand that :func:`pack` will give, known before any value is."""
     group_size = config.group_columns(columns)
     if layout == "tiled":
-        return [((tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric),), torch.uint8)]
+        return [((tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, bool(config.levels())),), torch.uint8)]
     grid = ((rows, group_count(columns, group_size)), torch.float16)
     planes = ((config.bits, rows, packed_width(columns)), torch.uint8)
-    return [planes, grid, *([] if config.symmetric else [grid]), ((1,), torch.float32)]
+    codebook = [((2**config.bits,), torch.uint8)] if config.levels() else []
+    return [planes, grid, *([] if config.symmetric else [grid]), ((1,), torch.float32), *codebook]

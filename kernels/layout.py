@@ -6,11 +6,14 @@ bits. Byte ``b`` of a row holds columns ``8 b .. 8 b + 7``, column ``8 b + i`` i
 
 The values come back by an affine map per group of ``group_size`` columns::
 
-    w[n, c] = (scale[n, g] * code[n, c] + offset[n, g]) * global_scale        g = c // group_size
+    w[n, c] = (scale[n, g] * level[n, c] + offset[n, g]) * global_scale        g = c // group_size
+
+The level is the code itself, or ``codebook[code]`` where the weight has a ``codebook``: uint8 ``[2 ** k]``, ascending. Codebooks
+have 2 to 7 bits: any two levels are a scale and an offset, and the 256 levels of 8 bits could only be 0 to 255.
 
 ``scale`` and ``offset`` are float16 ``[N, G]``, ``G = ceil(K / group_size)``; ``global_scale`` is float32 ``[1]``, a power of two
 that keeps both inside float16's range whatever the magnitude of the weight. ``offset=None`` stands for the symmetric grid
-``offset = -scale * midpoint(k)``. The map holds GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks exactly.
+``offset = -scale * midpoint``. The map holds GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks exactly.
 
 Bit planes as the storage of quantized weights: Zhu et al., "DoReFa-Net" (2016), and Park et al., "Any-Precision LLM" (2024).
 """
@@ -24,8 +27,19 @@ MAX_BITS = 8
 
 
 def midpoint(bits: int) -> float:
-    """The code that means zero in a symmetric grid: ``2 ** (bits - 1)``, or one half at 1 bit, where the levels are ±scale/2."""
+    """The level that means zero in a symmetric grid of levels of ``bits`` (:func:`level_bits`): ``2 ** (bits - 1)``, or one half at
+    1 bit, where the values are ±scale/2."""
     return 0.5 if bits == 1 else float(2 ** (bits - 1))
+
+
+def level_bits(bits: int, codebook: bool) -> int:
+    """Bits of the levels that codes of ``bits`` stand for."""
+    return MAX_BITS if codebook else bits
+
+
+def takes_codebook(bits: int) -> bool:
+    """Whether levels of their own can say more than the codes: at 2 to 7 bits."""
+    return 1 < bits < MAX_BITS
 
 
 def packed_width(columns: int) -> int:
@@ -62,9 +76,10 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
     return codes[:, :columns]
 
 
-def tiled_nbytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> int:
+def tiled_nbytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, codebook: bool = False) -> int:
     """Bytes of a weight in the layout of the CPU kernels (``cpu/tiled.h``): 16 rows to a block, 4 columns to a quad."""
     groups = group_count(columns, group_size)
     quads = (groups - 1) * -(-group_size // 4) + -(-(columns - (groups - 1) * group_size) // 4) if groups else 0
     grid = groups * 16 * 2 * (1 if symmetric else 2)
-    return 64 + -(-rows // 16) * (-(-(grid + quads * 8 * bits) // 64) * 64) + 64
+    levels = max(64, 2**bits) if codebook else 0
+    return 64 + levels + -(-rows // 16) * (-(-(grid + quads * 8 * bits) // 64) * 64) + 64

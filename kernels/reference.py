@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbit_inductor.kernels.layout import midpoint, unpack_codes
+from kbit_inductor.kernels.layout import level_bits, midpoint, unpack_codes
 
 
 def dequantize(
@@ -16,17 +16,20 @@ def dequantize(
     columns: int,
     group_size: int,
     dtype: torch.dtype = torch.float32,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """The weight ``[N, columns]`` that packed operands stand for (layout: :mod:`kbit_inductor.kernels.layout`).
 
     The arithmetic is float32, or float64 when ``dtype`` is; the result is then rounded to ``dtype``.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = unpack_codes(planes, columns).to(compute)
+    codes = unpack_codes(planes, columns)
+    levels = (codes if codebook is None else codebook[codes.int()]).to(compute)
     group = torch.arange(columns, device=planes.device) // group_size
     step = scale.to(compute)[:, group]
-    zero = -step * midpoint(planes.size(0)) if offset is None else offset.to(compute)[:, group]
-    return ((codes * step + zero) * global_scale.to(compute)).to(dtype)
+    middle = midpoint(level_bits(planes.size(0), codebook is not None))
+    zero = -step * middle if offset is None else offset.to(compute)[:, group]
+    return ((levels * step + zero) * global_scale.to(compute)).to(dtype)
 
 
 def linear(
@@ -37,13 +40,14 @@ def linear(
     global_scale: Tensor,
     bias: Tensor | None,
     group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """``x @ W.T + bias`` for ``x`` of shape ``[..., K]`` and any floating dtype; the result ``[..., N]`` has the dtype of ``x``.
 
     Sums are float32 (float64 for float64 ``x``) and rounded once, at the end.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = dequantize(planes, scale, offset, global_scale, x.size(-1), group_size, compute)
+    weight = dequantize(planes, scale, offset, global_scale, x.size(-1), group_size, compute, codebook)
     out = x.to(compute) @ weight.t()
     if bias is not None:
         out = out + bias.to(compute)
@@ -59,6 +63,7 @@ def embedding(
     embedding_dim: int,
     group_size: int,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """Rows ``indices`` (int32 or int64, any shape ``[...]``) of the packed table as ``[..., embedding_dim]`` of ``dtype``.
 
@@ -77,6 +82,7 @@ def embedding(
         embedding_dim,
         group_size,
         dtype,
+        codebook,
     )
     return picked.view(*indices.shape, embedding_dim)
 

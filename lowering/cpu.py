@@ -30,15 +30,20 @@ SCHEMAS = {
     "chain_cpu": "(Tensor[] inputs, int[] program, float[] numbers, str[] activations) -> Tensor[]",
     "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
 }
-# Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows;
-# errors is float64 [N, 2], squared error and squared norm of every row in units of global_scale.
+# Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows; in
+# place of a codebook (uint8 [2 ** bits], ascending), uniform codes give an empty one; errors is float64 [N, 2], squared error and
+# squared norm of every row in units of global_scale.
 TOOLS = {
     "quantize_cpu": (
-        "(Tensor weight, float global_scale, int bits, int group_size, bool symmetric, float lowest_shrink, int candidates) "
+        "(Tensor weight, float global_scale, int bits, int group_size, bool symmetric, float lowest_shrink, float highest_shrink, "
+        "int candidates, Tensor? codebook) "
         "-> (Tensor codes, Tensor scale, Tensor offset, Tensor errors)"
     ),
-    "tile_cpu": "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size) -> Tensor",
-    "untile_cpu": "(Tensor weight) -> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale)",
+    "tile_cpu": (
+        "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size, Tensor? codebook=None) "
+        "-> Tensor"
+    ),
+    "untile_cpu": "(Tensor weight) -> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale, Tensor codebook)",
     "dequantize_cpu": "(Tensor weight, int begin, int end) -> Tensor",
     "fingerprint": "(Tensor[] tensors) -> int",
     "isa_cpu": "() -> str",

@@ -23,15 +23,17 @@ Operator = Callable[..., Any]
 
 FAMILIES = {
     "linear": (
-        "(Tensor x, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, Tensor? bias, int group_size) -> Tensor"
+        "(Tensor x, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, Tensor? bias, int group_size, "
+        "Tensor? codebook=None) -> Tensor"
     ),
     "embedding": (
         "(Tensor indices, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, int embedding_dim, "
-        "int group_size, ScalarType dtype) -> Tensor"
+        "int group_size, ScalarType dtype, Tensor? codebook=None) -> Tensor"
     ),
 }
 GRADIENT_SCHEMA = (
-    "(Tensor grad, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, SymInt columns, int group_size) -> Tensor"
+    "(Tensor grad, Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale, SymInt columns, int group_size, "
+    "Tensor? codebook=None) -> Tensor"
 )
 GRADIENT_CHUNK = 1 << 20  # weight elements dequantized at once for a gradient: 4 MB of float32
 
@@ -62,6 +64,7 @@ def _linear_fake(
     global_scale: Tensor,
     bias: Tensor | None,
     group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], planes.shape[1]))
 
@@ -75,25 +78,26 @@ def _embedding_fake(
     embedding_dim: int,
     group_size: int,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, planes, scale, offset, global_scale, bias, ctx.group_size = inputs
+    x, planes, scale, offset, global_scale, bias, ctx.group_size, codebook = inputs
     ctx.columns = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(planes, scale, offset, global_scale)
+    ctx.save_for_backward(planes, scale, offset, global_scale, codebook)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    planes, scale, offset, global_scale = ctx.saved_tensors
+    planes, scale, offset, global_scale, codebook = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = torch.ops.kbit.linear_grad_input(grad, planes, scale, offset, global_scale, ctx.columns, ctx.group_size)
+        to_x = torch.ops.kbit.linear_grad_input(grad, planes, scale, offset, global_scale, ctx.columns, ctx.group_size, codebook)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return to_x, None, None, None, None, to_bias, None
+    return to_x, None, None, None, None, to_bias, None, None
 
 
 def _grad_input(
@@ -104,6 +108,7 @@ def _grad_input(
     global_scale: Tensor,
     columns: int,
     group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """``grad @ W`` for ``grad`` ``[..., N]``, with a few rows of ``W`` in float at a time."""
     compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -112,7 +117,9 @@ def _grad_input(
     for start in range(0, planes.size(1), step):
         rows = slice(start, start + step)
         part_offset = None if offset is None else offset[rows]
-        weight = reference.dequantize(planes[:, rows], scale[rows], part_offset, global_scale, columns, group_size, compute)
+        weight = reference.dequantize(
+            planes[:, rows], scale[rows], part_offset, global_scale, columns, group_size, compute, codebook
+        )
         total += grad[..., rows].to(compute) @ weight
     return total.to(grad.dtype)
 
@@ -125,19 +132,20 @@ def _grad_input_fake(
     global_scale: Tensor,
     columns: int,
     group_size: int,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], columns))
 
 
 def _save_gradient_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, planes, scale, offset, global_scale, _, ctx.group_size = inputs
-    ctx.save_for_backward(planes, scale, offset, global_scale)
+    _, planes, scale, offset, global_scale, _, ctx.group_size, codebook = inputs
+    ctx.save_for_backward(planes, scale, offset, global_scale, codebook)
 
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    planes, scale, offset, global_scale = ctx.saved_tensors
-    again = torch.ops.kbit.linear(grad, planes, scale, offset, global_scale, None, ctx.group_size)
-    return again, None, None, None, None, None, None
+    planes, scale, offset, global_scale, codebook = ctx.saved_tensors
+    again = torch.ops.kbit.linear(grad, planes, scale, offset, global_scale, None, ctx.group_size, codebook)
+    return again, None, None, None, None, None, None, None
 
 
 def _define_gradient() -> None:

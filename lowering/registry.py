@@ -32,6 +32,7 @@ class Problem:
         columns: K, input features or width of an entry.
         bits: bits per code.
         group_size: columns per scale.
+        uniform: whether every code is its own level, so that there is no codebook.
     """
 
     family: str
@@ -41,6 +42,7 @@ class Problem:
     columns: int
     bits: int
     group_size: int
+    uniform: bool = True
 
     @property
     def packed_bytes(self) -> float:
@@ -127,6 +129,8 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"runs on a GPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    if not problem.uniform:
+        return "takes uniform codes, not a codebook"
     return _triton_problem()
 
 

@@ -17,7 +17,7 @@ from threads import with_threads
 from kbit_inductor.kernels import layout, reference
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.lowering import registry
-from kbit_inductor.quantizers import QUANTIZERS, Quantized, clip, rtn
+from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Levels, Quantized, clip, codebook, rtn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = int(os.environ.get("KBIT_TEST_EXAMPLES", "150"))
@@ -46,11 +46,12 @@ def in_pytorch(function, *arguments):
         return function(*arguments)
 
 
-def group_errors(weight: torch.Tensor, quantized: Quantized, bits: int, group_size: int) -> torch.Tensor:
+def group_errors(weight: torch.Tensor, quantized: Quantized, levels: Levels, group_size: int) -> torch.Tensor:
     """The squared error ``[N, G]`` of every group."""
     rows, columns = weight.shape
     grids = quantized.scale, quantized.offset, quantized.global_scale
-    values = reference.dequantize(layout.pack_codes(quantized.codes, bits), *grids, columns, group_size)
+    planes, table = layout.pack_codes(quantized.codes, levels.bits), levels.table(weight.device)
+    values = reference.dequantize(planes, *grids, columns, group_size, codebook=table)
     padding = quantized.scale.size(1) * group_size - columns
     error = torch.nn.functional.pad((values.double() - weight.double()).square(), (0, padding))
     return error.view(rows, -1, group_size).sum(-1) if error.numel() else error[:, :0]
@@ -70,15 +71,19 @@ def strided_weight(weight: torch.Tensor, how: str) -> torch.Tensor:
     symmetric=st.booleans(),
     dtype=dtypes,
     name=st.sampled_from(sorted(QUANTIZERS)),
+    book=st.sampled_from(CODEBOOK_NAMES),
     how=st.sampled_from(["plain", "transposed", "sliced"]),
     mean=st.sampled_from([0.0, 0.0, 3.0]),
     exponent=st.integers(-8, 8),
     seed=st.integers(0, 2**31),
 )
-def test_quantizing_gives_what_pytorch_gives(rows, columns, bits, group_size, symmetric, dtype, name, how, mean, exponent, seed):
+def test_quantizing_gives_what_pytorch_gives(
+    rows, columns, bits, group_size, symmetric, dtype, name, book, how, mean, exponent, seed
+):
     torch.manual_seed(seed)
     weight = strided_weight(((torch.randn(rows, columns) + mean) * 2.0**exponent).to(dtype), how)
-    arguments = weight, bits, group_size, symmetric
+    levels = Levels(bits, codebook(book, bits))
+    arguments = weight, bits, group_size, symmetric, levels.codebook
     found, wanted = QUANTIZERS[name](*arguments), in_pytorch(QUANTIZERS[name], *arguments)
     for ours, theirs in zip(
         (found.codes, found.scale, found.offset, found.global_scale),
@@ -99,11 +104,11 @@ def test_quantizing_gives_what_pytorch_gives(rows, columns, bits, group_size, sy
         return
     # Sums are taken in another order, so two candidates that tie may swap. And where the refit lies between two numbers of half
     # precision, another one of them may be taken, with a slightly other error: seen in 1 of 10000 groups.
-    ours, theirs = (group_errors(weight, quantized, bits, group_size) for quantized in (found, wanted))
+    ours, theirs = (group_errors(weight, quantized, levels, group_size) for quantized in (found, wanted))
     slack = 1e-12 * (float(weight.double().square().sum()) + 1e-300)
     tied = (ours <= theirs * (1 + 1e-5) + slack) & (theirs <= ours * (1 + 1e-5) + slack)
     assert int((~tied).sum()) <= 2
-    assert (ours <= group_errors(weight, rtn(*arguments), bits, group_size) * (1 + 1e-5) + slack).all()
+    assert (ours <= group_errors(weight, rtn(*arguments), levels, group_size) * (1 + 1e-5) + slack).all()
 
 
 def test_quantizing_long_groups_gives_what_pytorch_gives():
@@ -127,10 +132,16 @@ def test_quantizing_does_not_depend_on_the_number_of_threads():
         (dict(bits=9), "bits must be 1 to 8"),
         (dict(group_size=0), "group_size must be at least 1"),
         (dict(candidates=-1), "candidates must be"),
+        (dict(codebook=torch.arange(15).byte()), "codebook must have shape"),
+        (dict(codebook=torch.arange(16).byte().flip(0)), "codebook must ascend"),
+        (dict(bits=8, codebook=torch.arange(256).byte()), "codebooks are of 2 to 7 bits"),
     ],
 )
 def test_wrong_operands_of_quantize_raise(changes, message):
-    valid = dict(weight=torch.zeros(4, 4), global_scale=1.0, bits=4, group_size=4, symmetric=False, lowest_shrink=0.5, candidates=4)
+    valid = dict(
+        weight=torch.zeros(4, 4), global_scale=1.0, bits=4, group_size=4, symmetric=False, lowest_shrink=0.5, highest_shrink=1.0,
+        candidates=4, codebook=None,
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kbit.quantize_cpu(*(valid | changes).values())
 

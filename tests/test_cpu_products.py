@@ -53,27 +53,34 @@ class forced:
 class Weight:
     """A random packed weight ``[rows, columns]`` in both layouts."""
 
-    def __init__(self, rows, columns, bits, group_size, with_offset=True, exponent=0):
+    def __init__(self, rows, columns, bits, group_size, with_offset=True, exponent=0, codebook=False):
         groups = layout.group_count(columns, group_size)
         self.rows, self.columns, self.bits, self.group_size = rows, columns, bits, group_size
         self.codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
         self.scale = (torch.rand(rows, groups) + 0.1).half()
         self.offset = torch.randn(rows, groups).half() * 2**bits if with_offset else None
         self.global_scale = torch.tensor([2.0**exponent])
+        self.codebook = random_codebook(bits) if codebook and layout.takes_codebook(bits) else None
         grid = (self.scale, self.offset, self.global_scale)
         self.planes = (layout.pack_codes(self.codes, bits), *grid)
-        self.tiled = torch.ops.kbit.tile_cpu(self.codes, *grid, bits, group_size)
+        self.tiled = torch.ops.kbit.tile_cpu(self.codes, *grid, bits, group_size, self.codebook)
 
     def dense(self, dtype=torch.float64):
-        return reference.dequantize(*self.planes, self.columns, self.group_size, dtype)
+        return reference.dequantize(*self.planes, self.columns, self.group_size, dtype, self.codebook)
 
     def magnitude(self):
-        """What a kernel adds up: codes about their middle, and the middle, without the cancellation between the two."""
+        """What a kernel adds up: levels about their middle, and the middle, without the cancellation between the two."""
         group = torch.arange(self.columns) // self.group_size
-        middle = 2 ** (self.bits - 1)
+        level_bits = layout.level_bits(self.bits, self.codebook is not None)
+        levels = (self.codes if self.codebook is None else self.codebook[self.codes.int()]).double()
+        middle = 2 ** (level_bits - 1)
         scale = self.scale.double()[:, group]
-        zero = -scale * layout.midpoint(self.bits) if self.offset is None else self.offset.double()[:, group]
-        return (scale * (self.codes.double() - middle).abs() + (zero + scale * middle).abs()) * self.global_scale.double()
+        zero = -scale * layout.midpoint(level_bits) if self.offset is None else self.offset.double()[:, group]
+        return (scale * (levels - middle).abs() + (zero + scale * middle).abs()) * self.global_scale.double()
+
+
+def random_codebook(bits):
+    return torch.randperm(256)[: 2**bits].sort().values.to(torch.uint8)
 
 
 def assert_accurate(y, exact, magnitude, terms):
@@ -131,13 +138,14 @@ relaxed = settings(max_examples=EXAMPLES)
     bias_dtype=st.one_of(st.none(), dtypes),
     how=st.sampled_from(["plain", "transposed", "sliced", "expanded", "vector"]),
     exponent=st.integers(-6, 2),
+    codebook=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_linear_matches_float64(
-    isa, batch, rows, columns, bits, group_size, with_offset, activation_bits, dtype, bias_dtype, how, exponent, seed
+    isa, batch, rows, columns, bits, group_size, with_offset, activation_bits, dtype, bias_dtype, how, exponent, codebook, seed
 ):
     torch.manual_seed(seed)
-    weight = Weight(rows, columns, bits, group_size, with_offset, exponent - bits)
+    weight = Weight(rows, columns, bits, group_size, with_offset, exponent - bits, codebook)
     x = strided(torch.randn(max(batch, 1) if how == "expanded" else batch, columns).to(dtype), how)
     bias = None if bias_dtype is None else torch.randn(rows).to(bias_dtype)
     with forced(isa):
@@ -151,6 +159,30 @@ def test_every_batch_and_width(isa, batch, bits):
     weight = Weight(37, 260, bits, 64)
     for activation_bits in (8, 16):
         assert_linear_accurate(torch.randn(batch, 260), weight, torch.randn(37), activation_bits)
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 17])
+def test_codebooks_of_every_width(isa, batch, bits):
+    torch.manual_seed(bits)
+    for group_size, dtype, with_offset in ((32, torch.float32, True), (20, torch.bfloat16, False), (260, torch.float16, True)):
+        weight = Weight(37, 260, bits, group_size, with_offset, -bits, codebook=True)
+        for activation_bits in (8, 16):
+            assert_linear_accurate(torch.randn(batch, 260).to(dtype), weight, torch.randn(37), activation_bits)
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("batch", [1, 17])
+def test_the_codebook_of_all_codes_in_order_is_no_codebook(isa, batch, bits):
+    """Scales and offsets that make the sums exact: levels about 128 and codes about their own middle then give the same bits."""
+    codes, scale, one = torch.randint(0, 2**bits, (40, 96), dtype=torch.uint8), torch.ones(40, 3).half(), torch.ones(1)
+    grid = (codes, scale, torch.full((40, 3), -3.0).half(), one, bits, 32)
+    x = torch.randint(-8, 9, (batch, 96)).float()
+    plain, looked_up = (
+        torch.ops.kbit.linear_cpu(x, torch.ops.kbit.tile_cpu(*grid, codebook), None, 40, 16)
+        for codebook in (None, torch.arange(2**bits, dtype=torch.uint8))
+    )
+    assert torch.equal(plain, looked_up) and torch.equal(plain, x @ (codes.float() - 3).t())
 
 
 @pytest.mark.parametrize("columns", [64, 96, 100, 256, 512, 1000])
@@ -279,6 +311,7 @@ def test_an_instruction_set_is_named_by_the_environment(name):
     columns=st.integers(1, 150),
     rows=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     bits=st.lists(bit_widths, min_size=4, max_size=4),
+    codebooks=st.lists(st.booleans(), min_size=4, max_size=4),
     dtype=dtypes,
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     gated=st.booleans(),
@@ -288,12 +321,15 @@ def test_an_instruction_set_is_named_by_the_environment(name):
     seed=st.integers(0, 2**31),
 )
 def test_fused_is_the_sum_of_its_parts(
-    isa, batch, columns, rows, bits, dtype, activation, gated, with_norm, with_bias, with_residual, seed
+    isa, batch, columns, rows, bits, codebooks, dtype, activation, gated, with_norm, with_bias, with_residual, seed
 ):
     torch.manual_seed(seed)
     if gated:
         rows = [rows[0], rows[0]]
-    weights = [Weight(n, columns, k, 64, exponent=-k) for n, k in zip(rows, bits, strict=False)]
+    weights = [
+        Weight(n, columns, k, 64, exponent=-8 if book else -k, codebook=book)
+        for n, k, book in zip(rows, bits, codebooks, strict=False)
+    ]
     x = torch.randn(2, batch, columns).to(dtype)
     norm = torch.rand(columns).to(dtype) if with_norm else None
     biases = [torch.randn(n).to(dtype) if with_bias else None for n in rows]
@@ -344,16 +380,19 @@ def test_activations_over_their_whole_range(activation):
     dtype=dtypes,
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     shape=st.sampled_from([(), (0,), (1,), (5,), (2, 3)]),
+    codebook=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_embedding_equals_the_reference(isa, rows, columns, bits, group_size, with_offset, dtype, index_dtype, shape, seed):
+def test_embedding_equals_the_reference(
+    isa, rows, columns, bits, group_size, with_offset, dtype, index_dtype, shape, codebook, seed
+):
     torch.manual_seed(seed)
-    weight = Weight(rows, columns, bits, group_size, with_offset, -bits)
+    weight = Weight(rows, columns, bits, group_size, with_offset, -bits, codebook)
     indices = torch.randint(0, rows, shape, dtype=index_dtype)
     with forced(isa):
         out = torch.ops.kbit.embedding_cpu(indices, weight.tiled, columns, dtype)
     assert out.dtype == dtype
-    assert torch.equal(out, reference.embedding(indices, *weight.planes, columns, group_size, dtype))
+    assert torch.equal(out, reference.embedding(indices, *weight.planes, columns, group_size, dtype, weight.codebook))
 
 
 @pytest.mark.parametrize("index", [-1, 5, 2**40, -(2**40)])
@@ -366,17 +405,19 @@ def test_embedding_index_out_of_range(index):
 @relaxed
 @given(
     isa=st.sampled_from(ISAS), rows=st.integers(0, 40), columns=sizes, bits=bit_widths, group_size=groups,
-    with_offset=st.booleans(), seed=st.integers(0, 2**31),
+    with_offset=st.booleans(), codebook=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_untile_inverts_tile(isa, rows, columns, bits, group_size, with_offset, seed):
+def test_untile_inverts_tile(isa, rows, columns, bits, group_size, with_offset, codebook, seed):
     torch.manual_seed(seed)
-    weight = Weight(rows, columns, bits, group_size, with_offset)
-    assert weight.tiled.numel() == layout.tiled_nbytes(rows, columns, bits, group_size, not with_offset)
+    weight = Weight(rows, columns, bits, group_size, with_offset, codebook=codebook)
+    has_codebook = weight.codebook is not None
+    assert weight.tiled.numel() == layout.tiled_nbytes(rows, columns, bits, group_size, not with_offset, has_codebook)
     assert weight.tiled.data_ptr() % 64 == 0
     with forced(isa):
-        codes, scale, offset, global_scale = torch.ops.kbit.untile_cpu(weight.tiled)
+        codes, scale, offset, global_scale, levels = torch.ops.kbit.untile_cpu(weight.tiled)
     assert torch.equal(codes, weight.codes) and torch.equal(scale, weight.scale) and torch.equal(global_scale, weight.global_scale)
     assert torch.equal(offset, weight.offset) if with_offset else offset.shape[0] == 0
+    assert torch.equal(levels, weight.codebook) if has_codebook else levels.shape == (0,)
 
 
 def test_the_layout_is_as_described():
@@ -393,12 +434,13 @@ def test_the_layout_is_as_described():
 
 @settings(max_examples=300)
 @given(
-    place=st.integers(0, 47), value=st.integers(0, 255), cut=st.one_of(st.none(), st.integers(0, 700)), seed=st.integers(0, 2**31)
-)
-def test_a_damaged_packed_weight_is_refused_or_harmless(place, value, cut, seed):
+    place=st.integers(0, 47), value=st.integers(0, 255), cut=st.one_of(st.none(), st.integers(0, 700)), bits=st.integers(2, 7),
+    codebook=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_damaged_packed_weight_is_refused_or_harmless(place, value, cut, bits, codebook, seed):
     """No header makes a kernel read or write out of bounds: it raises, or it computes with the weight that the header describes."""
     torch.manual_seed(seed)
-    tiled = Weight(20, 40, 3, 16).tiled.clone()
+    tiled = Weight(20, 40, bits, 16, codebook=codebook).tiled.clone()
     tiled[place] = value
     if cut is not None:
         tiled = tiled[:cut].clone()
@@ -409,6 +451,14 @@ def test_a_damaged_packed_weight_is_refused_or_harmless(place, value, cut, seed)
         assert "packed weight" in str(error)
         return
     assert y.shape == (2, 20)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_header_may_claim_a_codebook_at_2_to_7_bits_only(bits):
+    tiled = Weight(20, 40, bits, 16).tiled
+    tiled[6] = 1
+    with pytest.raises(RuntimeError, match="takes .* bytes" if layout.takes_codebook(bits) else "damaged"):
+        torch.ops.kbit.linear_cpu(torch.randn(2, 40), tiled, None, 20, 8)
 
 
 def _operands(**changes):
@@ -480,5 +530,14 @@ def test_wrong_operands_of_the_others_raise():
         torch.ops.kbit.tile_cpu(weight.codes, weight.scale, weight.offset, weight.global_scale, 4, 8)
     with pytest.raises(RuntimeError, match="bits must be"):
         torch.ops.kbit.tile_cpu(weight.codes, weight.scale, weight.offset, weight.global_scale, 9, 16)
+    grid = (weight.codes, weight.scale, weight.offset, weight.global_scale)
+    for bits, levels, message in (
+        (4, torch.arange(15, dtype=torch.uint8), "codebook must have shape"),
+        (4, torch.arange(16), "codebook must be"),
+        (4, torch.full((16,), 7, dtype=torch.uint8), "codebook must ascend"),
+        (8, torch.arange(256).byte(), "codebooks are of 2 to 7 bits"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.kbit.tile_cpu(*grid, bits, 16, levels)
     with pytest.raises(RuntimeError, match="does not run"):
         torch.ops.kbit.force_isa_cpu("z80")

@@ -13,7 +13,7 @@ from kbit_inductor._compat import mark_static_input
 from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.lowering.registry import Choice, Problem, choose
-from kbit_inductor.packing import operand_specs
+from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.store import Form, Slot, form
 
 aten = torch.ops.aten
@@ -69,6 +69,7 @@ def _choose(context: Context, use: Use) -> Choice:
             columns=use.columns,
             bits=layer.bits,
             group_size=layer.group_columns(use.columns),
+            uniform=layer.levels() is None,
         )
     )
     if choice.kernel.layout != "tiled" and layer.activation_bits not in ("auto", 16):
@@ -113,19 +114,16 @@ def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node],
     if choice.kernel.layout == "tiled":
         activation_bits = AUTO_ACTIVATION_BITS if layer.activation_bits == "auto" else layer.activation_bits
         return x, operands[0], bias, use.rows, activation_bits
-    return x, *_planes(operands), bias, layer.group_columns(use.columns)
+    *packed, codebook = plane_operands(operands, layer)
+    return x, *packed, bias, layer.group_columns(use.columns), codebook
 
 
 def _embedding_arguments(use: Use, choice: Choice, operands: list[fx.Node], dtype: torch.dtype) -> tuple[Any, ...]:
     indices = use.node.args[0]
     if choice.kernel.layout == "tiled":
         return indices, operands[0], use.columns, dtype
-    return indices, *_planes(operands), use.columns, _config(use).group_columns(use.columns), dtype
-
-
-def _planes(operands: list[fx.Node]) -> tuple[Any, ...]:
-    planes, scale, *offset, global_scale = operands
-    return planes, scale, offset[0] if offset else None, global_scale
+    *packed, codebook = plane_operands(operands, _config(use))
+    return indices, *packed, use.columns, _config(use).group_columns(use.columns), dtype, codebook
 
 
 def _cast(context: Context, x: Any, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""Groups of a weight, the affine grid of a group, and the codes that a grid gives: what every quantizer shares."""
+"""Groups of a weight, the affine grid of a group, and the levels that a grid gives: what every quantizer shares."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kbit_inductor.kernels.layout import group_count, midpoint
+from kbit_inductor.kernels.layout import group_count
 from kbit_inductor.lowering.quantize import quantize_operator
+from kbit_inductor.quantizers.levels import Levels
 
 CHUNK_ELEMENTS = 1 << 18  # elements worked on at once: 1 MB of float32, so that a search stays in the L2 cache
 
@@ -35,8 +36,8 @@ class Quantized:
     error: float
 
 
-FindGrid = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
-"""``(groups [R, g] float32, bits, symmetric) -> (scale [R], offset [R] or None)``, both rounded to float16, as float32."""
+FindGrid = Callable[[Tensor, Levels, bool], tuple[Tensor, Tensor | None]]
+"""``(groups [R, g] float32, levels, symmetric) -> (scale [R], offset [R] or None)``, both rounded to float16, as float32."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,30 @@ class Method:
         find_grid: the function.
         candidates: grids tried before the least-squares refit, the full range among them; 0 for the full range as it is.
         lowest_shrink: width of the narrowest candidate, relative to the full range.
+        highest_shrink: that of the widest.
     """
 
     find_grid: FindGrid
     candidates: int = 0
     lowest_shrink: float = 1.0
+    highest_shrink: float = 1.0
 
 
-def quantize_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool, method: Method) -> Quantized:
+def quantize_groups(weight: Tensor, levels: Levels, group_size: int, symmetric: bool, method: Method) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` of any floating dtype, with one grid per group of columns."""
     compiled = quantize_operator(weight)
     if compiled is None:
-        return _quantize_in_pytorch(weight, bits, group_size, symmetric, method.find_grid)
+        return _quantize_in_pytorch(weight, levels, group_size, symmetric, method.find_grid)
     global_scale = _global_scale(weight)
     codes, scale, offset, errors = compiled(
-        weight, float(global_scale), bits, group_size, symmetric, method.lowest_shrink, method.candidates
-    )
+        weight, float(global_scale), levels.bits, group_size, symmetric, method.lowest_shrink, method.highest_shrink,
+        method.candidates, levels.table(weight.device),
+    )  # fmt: skip
     squared_error, squared_norm = errors.sum(dim=0).tolist()
     return Quantized(codes, scale, None if symmetric else offset, global_scale, _ratio(squared_error, squared_norm))
 
 
-def _quantize_in_pytorch(weight: Tensor, bits: int, group_size: int, symmetric: bool, find_grid: FindGrid) -> Quantized:
+def _quantize_in_pytorch(weight: Tensor, levels: Levels, group_size: int, symmetric: bool, find_grid: FindGrid) -> Quantized:
     """A few rows at a time."""
     rows, columns = weight.shape
     result = _empty(rows, columns, group_size, symmetric, weight)
@@ -83,7 +87,7 @@ def _quantize_in_pytorch(weight: Tensor, bits: int, group_size: int, symmetric: 
             if first < end:
                 groups = values[:, first:end].reshape(-1, width)
                 grids = slice(first // group_size, -(-end // group_size))
-                squared_error += _fill(result, part, slice(first, end), grids, groups, bits, find_grid)
+                squared_error += _fill(result, part, slice(first, end), grids, groups, levels, find_grid)
     return dataclasses.replace(result, error=_ratio(squared_error, squared_norm))
 
 
@@ -98,30 +102,33 @@ def _empty(rows: int, columns: int, group_size: int, symmetric: bool, weight: Te
     return Quantized(codes, scale, offset, _global_scale(weight), 0.0)
 
 
-def _fill(result: Quantized, rows: slice, columns: slice, grids: slice, groups: Tensor, bits: int, find_grid: FindGrid) -> float:
+def _fill(
+    result: Quantized, rows: slice, columns: slice, grids: slice, groups: Tensor, levels: Levels, find_grid: FindGrid
+) -> float:
     """Quantize ``groups`` into a block of ``result``, and return the squared error."""
-    scale, offset = find_grid(groups, bits, result.offset is None)
-    codes = encode(groups, scale, offset, bits)
+    scale, offset = find_grid(groups, levels, result.offset is None)
+    nearest = encode(groups, scale, offset, levels)
     count = rows.stop - rows.start
-    result.codes[rows, columns] = codes.view(count, -1).to(torch.uint8)
+    result.codes[rows, columns] = levels.codes(nearest).view(count, -1)
     result.scale[rows, grids] = scale.view(count, -1).half()
     if result.offset is not None and offset is not None:
         result.offset[rows, grids] = offset.view(count, -1).half()
-    return float((groups - decode(codes, scale, offset, bits)).square().sum(dtype=torch.float64))
+    return float((groups - decode(nearest, scale, offset, levels)).square().sum(dtype=torch.float64))
 
 
-def encode(groups: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
-    """Nearest codes, as float32 ``[R, g]``, of ``groups`` on the grids ``scale`` ``[R]`` and ``offset``; 0 where the scale is 0."""
+def encode(groups: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
+    """Nearest levels, as float32 ``[R, g]``, of ``groups`` on the grids ``scale`` ``[R]`` and ``offset``; where the scale is 0, the
+    level that is nearest to zero."""
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale).unsqueeze(-1)
-    zero = midpoint(bits) if offset is None else (-offset.unsqueeze(-1) * inverse)
-    return (groups * inverse + zero).round_().clamp_(0, 2**bits - 1)
+    zero = levels.midpoint if offset is None else (-offset.unsqueeze(-1) * inverse)
+    return levels.nearest(groups * inverse + zero)
 
 
-def decode(codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
-    """The values ``[R, g]`` of ``codes`` on the grids."""
+def decode(nearest: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:
+    """The values ``[R, g]`` of the levels ``nearest`` on the grids."""
     if offset is None:
-        return (codes - midpoint(bits)) * scale.unsqueeze(-1)
-    return torch.addcmul(offset.unsqueeze(-1), codes, scale.unsqueeze(-1))
+        return (nearest - levels.midpoint) * scale.unsqueeze(-1)
+    return torch.addcmul(offset.unsqueeze(-1), nearest, scale.unsqueeze(-1))
 
 
 def round_to_half(values: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ c10::Half half_at(const uint8_t* bytes) {
 
 }  // namespace
 
-// scale * code is exact (11 + 8 bits) and so is scale * midpoint: every weight is rounded once, by the addition.
+// scale * level is exact (11 + 8 bits) and so is scale * midpoint: every weight is rounded once, by the addition.
 void dequantize_row(const TiledWeight& weight, int64_t row, float* out) {
   const uint8_t* block = weight.block(row / kTileRows);
   const uint8_t* words = block + weight.grid_bytes;
   const int64_t lane = row % kTileRows;
-  const float midpoint = weight.bits == 1 ? 0.5f : static_cast<float>(1 << (weight.bits - 1));
-  alignas(64) uint8_t codes[kSegmentQuads * kCodesPerQuad];
+  const float midpoint = weight.level_bits == 1 ? 0.5f : static_cast<float>(1 << (weight.level_bits - 1));
+  alignas(64) uint8_t levels[kSegmentQuads * kCodesPerQuad];
   for (int64_t group = 0; group < weight.groups; ++group) {
     const float scale = to_float(half_at(block + (group * kTileRows + lane) * 2));
     const float offset = weight.symmetric ? -midpoint * scale
@@ -34,10 +34,10 @@ void dequantize_row(const TiledWeight& weight, int64_t row, float* out) {
     const int64_t end = std::min((group + 1) * weight.group_size, weight.columns);
     for (int64_t c = group * weight.group_size; c < end;) {
       const int64_t count = std::min<int64_t>(kSegmentQuads * kQuad, end - c), quads = ceil_div(count, kQuad);
-      isa().unpack(words, weight.bits, quads, codes);
+      isa().unpack(words, weight.bits, weight.levels, quads, levels);
       words += quads * 8 * weight.bits;
       for (int64_t i = 0; i < count; ++i) {
-        out[c + i] = scale * codes[i / kQuad * kCodesPerQuad + lane * kQuad + i % kQuad] + offset;
+        out[c + i] = scale * levels[i / kQuad * kCodesPerQuad + lane * kQuad + i % kQuad] + offset;
       }
       c += count;
     }

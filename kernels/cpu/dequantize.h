@@ -5,7 +5,7 @@
 
 namespace kbit {
 
-// out[K] = scale * code + offset, rounded once, without the global scale.
+// out[K] = scale * level + offset, rounded once, without the global scale.
 void dequantize_row(const TiledWeight& weight, int64_t row, float* out);
 
 }  // namespace kbit

@@ -1,8 +1,8 @@
 // The loop of a tiled product, for any instruction set: unpack a segment of a row block once, use it for all rows of x.
 //
-// With s, o the scale and offset of a row, c its codes and a q the activations (a their scale, q their codes):
-//   sum (s c + o) a q  =  s a sum (c - m) q  +  (o + s m) sum a q        m = 2 ** (bits - 1)
-// The first sum is exact in int32, and taking the codes about their middle keeps the second term small.
+// With s, o the scale and offset of a row, l its levels and a q the activations (a their scale, q their codes):
+//   sum (s l + o) a q  =  s a sum (l - m) q  +  (o + s m) sum a q        m = 2 ** (level_bits - 1)
+// The first sum is exact in int32, and taking the levels about their middle keeps the second term small.
 #pragma once
 
 #include "tiled.h"
@@ -47,7 +47,7 @@ inline void read_halves(const uint8_t* bytes, float* values) {
 #endif
 }
 
-// The scales of one group of a row block and what their codes' middle stands for.
+// The scales of one group of a row block and what their levels' middle stands for.
 struct alignas(64) Grid {
   float scale[kTileRows];
   float centre[kTileRows];  // offset + scale * middle
@@ -55,21 +55,21 @@ struct alignas(64) Grid {
   Grid(const TiledWeight& weight, const uint8_t* block, int64_t group) {
     read_halves(block + group * kTileRows * 2, scale);
     if (weight.symmetric) {  // levels lie about zero; at 1 bit they are +-scale/2
-      for (int row = 0; row < kTileRows; ++row) centre[row] = weight.bits == 1 ? 0.5f * scale[row] : 0.0f;
+      for (int row = 0; row < kTileRows; ++row) centre[row] = weight.level_bits == 1 ? 0.5f * scale[row] : 0.0f;
       return;
     }
     read_halves(block + (weight.groups + group) * kTileRows * 2, centre);
-    const float middle = static_cast<float>(1 << (weight.bits - 1));
+    const float middle = static_cast<float>(1 << (weight.level_bits - 1));
     for (int row = 0; row < kTileRows; ++row) centre[row] += scale[row] * middle;
   }
 };
 
-// One segment of a row block for one block of x: sums[row of x][16] += scale * a * (codes @ q) + centre * sum.
+// One segment of a row block for one block of x: sums[row of x][16] += scale * a * (levels @ q) + centre * sum.
 struct Segment {
-  const uint8_t* codes;  // [quads][64]
+  const uint8_t* levels;  // [quads][64]
   int64_t quads;
   const Grid* grid;
-  int shift;  // bits - 1
+  int shift;  // level_bits - 1
 };
 
 struct ActivationSegment {
@@ -79,7 +79,7 @@ struct ActivationSegment {
   const float* sum;  // null but in the first segment of a group
 };
 
-// `Machine` has unpack(words, bits, quads, codes) and accumulate<Rows>(segment, activations, sums).
+// `Machine` has unpack (an UnpackKernel) and accumulate<Rows>(segment, activations, sums).
 template <class Machine, int Rows = kActivationRows>
 inline void accumulate_rows(int rows, const Segment& segment, const ActivationSegment& x, float* sums) {
   if constexpr (Rows > 0) {
@@ -90,7 +90,7 @@ inline void accumulate_rows(int rows, const Segment& segment, const ActivationSe
 
 template <class Machine>
 void dot(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count, float* sums) {
-  alignas(64) uint8_t codes[kSegmentQuads * kCodesPerQuad];
+  alignas(64) uint8_t levels[kSegmentQuads * kCodesPerQuad];
   int64_t rows = 0;
   for (int64_t b = 0; b < count; ++b) rows += blocks[b].rows;
   std::memset(sums, 0, rows * kTileRows * sizeof(float));
@@ -102,9 +102,9 @@ void dot(const TiledWeight& weight, int64_t row_block, const ActivationBlock* bl
     const int64_t quads = weight.quads_of(group);
     for (int64_t begin = 0; begin < quads; begin += kSegmentQuads, ++segment_index) {
       const int64_t length = quads - begin < kSegmentQuads ? quads - begin : kSegmentQuads;
-      Machine::unpack(words, weight.bits, length, codes);
+      Machine::unpack(words, weight.bits, weight.levels, length, levels);
       words += length * 8 * weight.bits;
-      const Segment segment{codes, length, &grid, weight.bits - 1};
+      const Segment segment{levels, length, &grid, weight.level_bits - 1};
       float* out = sums;
       for (int64_t b = 0; b < count; ++b) {
         const ActivationBlock& x = blocks[b];

@@ -20,15 +20,32 @@ struct Avx2 {
     return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), source), select), select);
   }
 
-  static void unpack(const uint8_t* words, int bits, int64_t quads, uint8_t* codes) {
-    for (int64_t quad = 0; quad < quads; ++quad, words += 8 * bits, codes += kCodesPerQuad) {
+  static void unpack(const uint8_t* words, int bits, const uint8_t* levels, int64_t quads, uint8_t* out) {
+    for (int64_t quad = 0; quad < quads; ++quad, words += 8 * bits) {
       for (int half = 0; half < 2; ++half) {
         __m256i sum = _mm256_setzero_si256();
         for (int plane = 0; plane < bits; ++plane) {
           sum = _mm256_sub_epi8(_mm256_add_epi8(sum, sum), spread(words + 8 * plane + 4 * half));  // a set bit is -1
         }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), sum);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + quad * kCodesPerQuad + 32 * half), sum);
       }
+    }
+    if (levels) look_up(levels, bits, quads * kCodesPerQuad, out);
+  }
+
+  // Codes to levels, 16 of the codebook at a time: vpshufb takes the low four bits of a code, the high ones say whether it applies.
+  [[gnu::noinline]] static void look_up(const uint8_t* levels, int bits, int64_t count, uint8_t* codes) {
+    for (int64_t i = 0; i < count; i += 32) {
+      auto* place = reinterpret_cast<__m256i*>(codes + i);
+      const __m256i code = _mm256_loadu_si256(place);
+      const __m256i part = _mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(15));
+      __m256i found = _mm256_setzero_si256();
+      for (int first = 0; first < 1 << bits; first += 16) {
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + first)));
+        const __m256i here = _mm256_cmpeq_epi8(part, _mm256_set1_epi8(static_cast<char>(first >> 4)));
+        found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table, code), here);
+      }
+      _mm256_storeu_si256(place, found);
     }
   }
 
@@ -45,7 +62,7 @@ struct Avx2 {
         const int8_t* q = x.codes + (quad * Rows + first) * kQuad;
         __m256i even[2], odd[2];
         for (int half = 0; half < 2; ++half) {
-          const uint8_t* w = segment.codes + quad * kCodesPerQuad + 32 * half;
+          const uint8_t* w = segment.levels + quad * kCodesPerQuad + 32 * half;
           const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(w));
           even[half] = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));
           odd[half] = _mm256_srli_epi16(codes, 8);

@@ -1,7 +1,8 @@
 // AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Zen 4 and later): four instructions for 64 weights, at any number of bits.
 //
 // vpermb spreads the bytes of the words so that each 8-byte lane holds one byte of every word; vgf2p8affineqb transposes its
-// 8 x 8 bits into 8 codes; vpdpbusd multiplies them with 4 activations. Each 4-byte lane is a row, so no sum crosses lanes.
+// 8 x 8 bits into 8 codes; vpdpbusd multiplies them with 4 activations. Each 4-byte lane is a row, so no sum crosses lanes. With a
+// codebook, one more vpermb in between turns codes into levels.
 #include "isa.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__)
@@ -47,6 +48,42 @@ class Unpacker {
   __mmask64 used_ = 0;
 };
 
+// What turns codes into levels: nothing, or a codebook of up to 64 levels, or one of 128.
+struct Uniform {
+  explicit Uniform(const uint8_t*) {}
+  static int bits(const TiledWeight& weight) { return weight.bits; }
+  __m512i of(__m512i codes) const { return codes; }
+};
+
+class Codebook {
+ public:
+  explicit Codebook(const uint8_t* levels) : levels_(_mm512_loadu_si512(levels)) {}
+  static int bits(const TiledWeight&) { return 8; }
+  __m512i of(__m512i codes) const { return _mm512_permutexvar_epi8(codes, levels_); }
+
+ private:
+  __m512i levels_;
+};
+
+class WideCodebook {
+ public:
+  explicit WideCodebook(const uint8_t* levels)
+      : low_(_mm512_loadu_si512(levels)), high_(_mm512_loadu_si512(levels + 64)) {}
+  static int bits(const TiledWeight&) { return 8; }
+  __m512i of(__m512i codes) const { return _mm512_permutex2var_epi8(low_, codes, high_); }
+
+ private:
+  __m512i low_, high_;
+};
+
+template <class Levels>
+void unpack_levels(const uint8_t* words, int bits, const Levels& levels, int64_t quads, uint8_t* out) {
+  const Unpacker unpacker(bits);
+  for (int64_t quad = 0; quad < quads; ++quad) {
+    _mm512_storeu_si512(out + quad * kCodesPerQuad, levels.of(unpacker.codes<64>(words + quad * 8 * bits)));
+  }
+}
+
 // totals += w . four activations. Compilers load the four by an instruction of its own, and copy or spill the totals; here the load
 // is part of the product.
 inline void multiply(__m512i& totals, __m512i w, const int8_t* q) {
@@ -60,11 +97,16 @@ inline int load_quad(const int8_t* codes) {
 }
 
 struct Avx512Vnni {
-  static void unpack(const uint8_t* words, int bits, int64_t quads, uint8_t* codes) {
-    const Unpacker unpacker(bits);
-    for (int64_t quad = 0; quad < quads; ++quad) {
-      _mm512_storeu_si512(codes + quad * kCodesPerQuad, unpacker.codes<64>(words + quad * 8 * bits));
-    }
+  static void unpack(const uint8_t* words, int bits, const uint8_t* levels, int64_t quads, uint8_t* out) {
+    if (levels) return unpack_codebook(words, bits, levels, quads, out);
+    unpack_levels(words, bits, Uniform(levels), quads, out);
+  }
+
+  // Not inlined, so that uniform codes have the registers to themselves.
+  [[gnu::noinline]] static void unpack_codebook(const uint8_t* words, int bits, const uint8_t* levels, int64_t quads,
+                                                uint8_t* out) {
+    if (bits < 7) return unpack_levels(words, bits, Codebook(levels), quads, out);
+    unpack_levels(words, bits, WideCodebook(levels), quads, out);
   }
 
   template <int Rows>
@@ -75,7 +117,7 @@ struct Avx512Vnni {
     for (int b = 0; b < Rows; ++b) totals[b] = _mm512_sll_epi32(_mm512_set1_epi32(x.negative_sum[b]), shift);
     const int8_t* q = x.codes;
     for (int64_t quad = 0; quad < segment.quads; ++quad, q += Rows * kQuad) {
-      const __m512i w = _mm512_load_si512(segment.codes + quad * kCodesPerQuad);
+      const __m512i w = _mm512_load_si512(segment.levels + quad * kCodesPerQuad);
 #pragma GCC unroll 16
       for (int b = 0; b < Rows; ++b) {
         multiply(totals[b], w, q + b * kQuad);
@@ -85,17 +127,17 @@ struct Avx512Vnni {
   }
 };
 
-// The scales of 16 rows for one group, and what their codes' middle stands for.
+// The scales of 16 rows for one group, and what their levels' middle stands for.
 struct Scales {
   __m512 scale, centre;
 
-  Scales(const TiledWeight& weight, const uint8_t* block, int64_t group) {
+  Scales(const TiledWeight& weight, int level_bits, const uint8_t* block, int64_t group) {
     scale = read(block + group * 32);
     if (!weight.symmetric) {
-      const __m512 middle = _mm512_set1_ps(static_cast<float>(1 << (weight.bits - 1)));
+      const __m512 middle = _mm512_set1_ps(static_cast<float>(1 << (level_bits - 1)));
       centre = _mm512_fmadd_ps(scale, middle, read(block + (weight.groups + group) * 32));
     } else {
-      centre = _mm512_mul_ps(scale, _mm512_set1_ps(weight.bits == 1 ? 0.5f : 0.0f));
+      centre = _mm512_mul_ps(scale, _mm512_set1_ps(level_bits == 1 ? 0.5f : 0.0f));
     }
   }
   static __m512 read(const uint8_t* halves) {
@@ -114,12 +156,13 @@ inline void prefetch(const uint8_t* words) {
   }
 }
 
-// Few rows of x: the codes go from the unpacking straight into the products, and the sums stay in registers.
-template <int Rows, int Bytes>
+// Few rows of x: the levels go from the unpacking straight into the products, and the sums stay in registers.
+template <class Levels, int Rows, int Bytes>
 void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
   constexpr int kChains = Rows == 1 ? 2 : 1;  // more than one, since a product waits for the one before it in its chain
   const Unpacker unpacker(weight.bits);
-  const __m128i shift = _mm_cvtsi32_si128(weight.bits - 1);
+  const Levels levels(weight.levels);
+  const __m128i shift = _mm_cvtsi32_si128(Levels::bits(weight) - 1);
   const int64_t step = 8 * weight.bits;
   const uint8_t* words = block + weight.grid_bytes;
   const int8_t* q = x.codes;
@@ -128,7 +171,7 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
   for (int b = 0; b < Rows; ++b) total[b] = _mm512_setzero_ps();
   int64_t segment = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
-    const Scales grid(weight, block, group);
+    const Scales grid(weight, Levels::bits(weight), block, group);
     for (int64_t left = weight.quads_of(group); left > 0; ++segment) {
       const int64_t quads = left < kSegmentQuads ? left : kSegmentQuads;
       left -= quads;
@@ -143,7 +186,7 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
         prefetch<kChains * Bytes>(words);
 #pragma GCC unroll 2
         for (int chain = 0; chain < kChains; ++chain) {
-          const __m512i w = unpacker.codes<Bytes>(words);
+          const __m512i w = levels.of(unpacker.codes<Bytes>(words));
           words += step;
 #pragma GCC unroll 4
           for (int b = 0; b < Rows; ++b) {
@@ -153,7 +196,8 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
         }
       }
       if (kChains == 2 && quad < quads) {
-        part[0][0] = _mm512_dpbusd_epi32(part[0][0], unpacker.codes<Bytes>(words), _mm512_set1_epi32(load_quad(q)));
+        const __m512i w = levels.of(unpacker.codes<Bytes>(words));
+        part[0][0] = _mm512_dpbusd_epi32(part[0][0], w, _mm512_set1_epi32(load_quad(q)));
         words += step;
         q += kQuad;
       }
@@ -174,13 +218,25 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
 }
 
 template <int Rows>
-void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+void dot_few_levels(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
   switch (weight.bits) {
-    case 1: return dot_few<Rows, 8>(weight, block, x, sums);
-    case 2: return dot_few<Rows, 16>(weight, block, x, sums);
+    case 2: return dot_few<Codebook, Rows, 16>(weight, block, x, sums);
     case 3:
-    case 4: return dot_few<Rows, 32>(weight, block, x, sums);
-    default: return dot_few<Rows, 64>(weight, block, x, sums);
+    case 4: return dot_few<Codebook, Rows, 32>(weight, block, x, sums);
+    case 7: return dot_few<WideCodebook, Rows, 64>(weight, block, x, sums);
+    default: return dot_few<Codebook, Rows, 64>(weight, block, x, sums);
+  }
+}
+
+template <int Rows>
+void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+  if (weight.levels) return dot_few_levels<Rows>(weight, block, x, sums);
+  switch (weight.bits) {
+    case 1: return dot_few<Uniform, Rows, 8>(weight, block, x, sums);
+    case 2: return dot_few<Uniform, Rows, 16>(weight, block, x, sums);
+    case 3:
+    case 4: return dot_few<Uniform, Rows, 32>(weight, block, x, sums);
+    default: return dot_few<Uniform, Rows, 64>(weight, block, x, sums);
   }
 }
 
@@ -241,7 +297,7 @@ void dot_lookup(const TiledWeight& weight, const uint8_t* block, const Activatio
   __m512 total = _mm512_setzero_ps();
   int64_t segment = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
-    const Scales grid(weight, block, group);
+    const Scales grid(weight, weight.level_bits, block, group);
     for (int64_t left = weight.quads_of(group); left > 0; ++segment) {
       const int64_t quads = left < kSegmentQuads ? left : kSegmentQuads;
       left -= quads;

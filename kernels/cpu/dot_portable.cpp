@@ -6,12 +6,12 @@ namespace kbit {
 namespace {
 
 struct Portable {
-  static void unpack(const uint8_t* words, int bits, int64_t quads, uint8_t* codes) {
-    for (int64_t quad = 0; quad < quads; ++quad, words += 8 * bits, codes += kCodesPerQuad) {
+  static void unpack(const uint8_t* words, int bits, const uint8_t* levels, int64_t quads, uint8_t* out) {
+    for (int64_t quad = 0; quad < quads; ++quad, words += 8 * bits, out += kCodesPerQuad) {
       for (int i = 0; i < kCodesPerQuad; ++i) {
         unsigned code = 0;
         for (int plane = 0; plane < bits; ++plane) code = code << 1 | (words[8 * plane + i / 8] >> i % 8 & 1);
-        codes[i] = static_cast<uint8_t>(code);
+        out[i] = levels ? levels[code] : static_cast<uint8_t>(code);
       }
     }
   }
@@ -22,7 +22,7 @@ struct Portable {
       int32_t totals[kTileRows];
       for (int row = 0; row < kTileRows; ++row) totals[row] = x.negative_sum[b] * (1 << segment.shift);
       for (int64_t quad = 0; quad < segment.quads; ++quad) {
-        const uint8_t* w = segment.codes + quad * kCodesPerQuad;
+        const uint8_t* w = segment.levels + quad * kCodesPerQuad;
         const int8_t* q = x.codes + (quad * Rows + b) * kQuad;
         for (int row = 0; row < kTileRows; ++row) {
           for (int c = 0; c < kQuad; ++c) totals[row] += w[row * kQuad + c] * q[c];

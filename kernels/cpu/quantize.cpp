@@ -36,7 +36,72 @@ inline Vector round_to_half(Vector v) {
   return (Vector)((magnitude < 0x477ff000 ? finite : Bits{} + 0x7f800000) | sign);  // 65520 and up
 }
 
-// A grid for each lane, offset + scale * code, and what encoding on it takes.
+// Codes that are their own levels.
+class UniformLevels {
+ public:
+  explicit UniformLevels(const GridSearch& search)
+      : highest_(static_cast<float>((1 << search.bits) - 1)),
+        midpoint_(search.bits == 1 ? 0.5f : static_cast<float>(1 << (search.bits - 1))) {}
+
+  float lowest() const { return 0; }
+  float highest() const { return highest_; }
+  float midpoint() const { return midpoint_; }
+
+  // Adding 2**23 rounds to an integer, ties to even. Compared as bits, since compilers know the minimum of integers only.
+  Vector nearest(Vector values) const {
+    constexpr float kInteger = 1 << 23;
+    const auto first = (Bits)splat(kInteger), last = (Bits)splat(kInteger + highest_);
+    auto level = (Bits)(values + kInteger);
+    level = level > first ? level : first;
+    level = level < last ? level : last;
+    return (Vector)level - kInteger;
+  }
+
+  uint8_t code(float level) const { return static_cast<uint8_t>(static_cast<int>(level)); }
+
+ private:
+  float highest_, midpoint_;
+};
+
+// Levels of a codebook. They are integers below 256, so the values half way between two of them are multiples of one half: a table
+// of 512 entries tells the nearest of every value.
+class CodebookLevels {
+ public:
+  explicit CodebookLevels(const GridSearch& search) {
+    const uint8_t* levels = search.levels;
+    const int last = (1 << search.bits) - 1;
+    lowest_ = levels[0], highest_ = levels[last];
+    for (int i = 0, code = 0; i < kHalves; ++i) {
+      while (code < last && i >= levels[code] + levels[code + 1]) ++code;
+      nearest_[i] = levels[code];
+    }
+    for (int code = 0; code <= last; ++code) codes_[levels[code]] = static_cast<uint8_t>(code);
+  }
+
+  float lowest() const { return lowest_; }
+  float highest() const { return highest_; }
+  float midpoint() const { return 128; }
+
+  Vector nearest(Vector values) const {
+    Vector half = values + values;
+    half = half > 0.0f ? half : Vector{};
+    half = half < kHalves - 1.0f ? half : splat(kHalves - 1);
+    const Bits index = __builtin_convertvector(half, Bits);
+    Vector levels;
+    for (int lane = 0; lane < kLanes; ++lane) levels[lane] = nearest_[index[lane]];
+    return levels;
+  }
+
+  uint8_t code(float level) const { return codes_[static_cast<int>(level)]; }
+
+ private:
+  static constexpr int kHalves = 512;
+  float lowest_, highest_;
+  float nearest_[kHalves];
+  uint8_t codes_[256] = {};
+};
+
+// A grid for each lane, offset + scale * level, and what encoding on it takes.
 struct Grid {
   Vector scale, offset, inverse, zero;
 };
@@ -55,23 +120,15 @@ inline Vector sum(int64_t count, F&& f) {
 }
 
 // kLanes groups of `width` values and the search for their grids: quantizers/rtn.py and clip.py, line by line.
+template <class Levels>
 class Groups {
  public:
-  Groups(const Values* values, int64_t width, const GridSearch& search)
-      : values_(values), width_(width), search_(search), top_((1 << search.bits) - 1),
-        midpoint_(search.bits == 1 ? 0.5f : static_cast<float>(1 << (search.bits - 1))) {}
+  Groups(const Values* values, int64_t width, const GridSearch& search, const Levels& levels)
+      : values_(values), width_(width), search_(search), levels_(levels) {}
 
   Vector value(int64_t i) const { return load(values_[i].lane); }
 
-  // Adding 2**23 rounds to an integer, ties to even. Compared as bits, since compilers know the minimum of integers only.
-  Vector encode(int64_t i, const Grid& grid) const {
-    constexpr float kInteger = 1 << 23;
-    const auto first = (Bits)splat(kInteger), last = (Bits)splat(kInteger + top_);
-    auto code = (Bits)(value(i) * grid.inverse + grid.zero + kInteger);
-    code = code > first ? code : first;
-    code = code < last ? code : last;
-    return (Vector)code - kInteger;
-  }
+  Vector encode(int64_t i, const Grid& grid) const { return levels_.nearest(value(i) * grid.inverse + grid.zero); }
 
   Vector squared_error(const Grid& grid) const {
     return sum(width_, [&](int64_t i) {
@@ -89,8 +146,9 @@ class Groups {
     const Grid full = full_range();
     Grid best = full;
     error = squared_error(best);
+    const double spread = search_.highest_shrink - search_.lowest_shrink;
     for (int step = 1; step < search_.candidates; ++step) {
-      keep_better(shrunk(full, 1 - (1 - search_.lowest_shrink) * step / (search_.candidates - 1)), best, error);
+      keep_better(shrunk(full, search_.highest_shrink - spread * step / (search_.candidates - 1)), best, error);
     }
     if (search_.candidates > 0) keep_better(least_squares(best), best, error);
     return best;
@@ -100,7 +158,7 @@ class Groups {
   // For a symmetric grid `offset` is not stored but follows from the scale. Its decoded values are exact either way.
   Grid grid(Vector scale, Vector offset) const {
     const Vector inverse = scale == 0.0f ? Vector{} : 1.0f / scale;
-    if (search_.symmetric) return {scale, -midpoint_ * scale, inverse, splat(midpoint_)};
+    if (search_.symmetric) return {scale, -levels_.midpoint() * scale, inverse, splat(levels_.midpoint())};
     return {scale, offset, inverse, -offset * inverse};
   }
 
@@ -110,18 +168,21 @@ class Groups {
       low = value(i) < low ? value(i) : low;
       high = value(i) > high ? value(i) : high;
     }
-    if (!search_.symmetric) return grid(round_to_half((high - low) / top_), round_to_half(low));
-    return grid(round_to_half(-(-low > high ? low : high) / midpoint_), Vector{});
+    if (search_.symmetric) {
+      return grid(round_to_half((-low > high ? low : high) / (levels_.lowest() - levels_.midpoint())), Vector{});
+    }
+    const Vector scale = round_to_half((high - low) / (levels_.highest() - levels_.lowest()));
+    return grid(scale, round_to_half(low - scale * levels_.lowest()));
   }
 
   Grid shrunk(const Grid& full, double shrink) const {
     const float narrower = static_cast<float>(shrink);
-    const float inwards = static_cast<float>((1 - shrink) * top_ / 2);
+    const float inwards = static_cast<float>((1 - shrink) * (levels_.lowest() + levels_.highest()) / 2);
     return grid(round_to_half(full.scale * narrower), round_to_half(full.offset + full.scale * inwards));
   }
 
   Grid least_squares(const Grid& old) const {
-    Vector centre = splat(midpoint_), mean{};
+    Vector centre = splat(levels_.midpoint()), mean{};
     if (!search_.symmetric) {
       centre = sum(width_, [&](int64_t i) { return encode(i, old); }) / static_cast<float>(width_);
       mean = sum(width_, [&](int64_t i) { return value(i); }) / static_cast<float>(width_);
@@ -148,7 +209,7 @@ class Groups {
   const Values* values_;
   int64_t width_;
   const GridSearch& search_;
-  float top_, midpoint_;
+  const Levels& levels_;
 };
 
 // Where one lane's group lies in the weight.
@@ -157,14 +218,14 @@ struct Place {
 };
 
 // Quantizes groups of one width: `per_row` of them from column `first` on, in rows `begin` to `end`.
-template <class T>
+template <class T, class Levels>
 void quantize_groups(const T* weight, int64_t columns, int64_t begin, int64_t end, int64_t first, int64_t per_row,
-                     int64_t width, const GridSearch& search, const QuantizedRows& out) {
+                     int64_t width, const GridSearch& search, const Levels& levels, const QuantizedRows& out) {
   const int64_t row_grids = (columns + search.group_size - 1) / search.group_size;
   const int64_t count = (end - begin) * per_row;
   const float inverse = 1.0f / search.global_scale;  // exact
   std::vector<Values> values(count ? width : 0);
-  const Groups groups(values.data(), width, search);
+  const Groups groups(values.data(), width, search, levels);
   for (int64_t group = 0; group < count; group += kLanes) {
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - group));
     Place places[kLanes];
@@ -184,7 +245,7 @@ void quantize_groups(const T* weight, int64_t columns, int64_t begin, int64_t en
     for (int lane = 0; lane < lanes; ++lane) {
       const Place& place = places[lane];
       uint8_t* codes = out.codes + place.element;
-      for (int64_t i = 0; i < width; ++i) codes[i] = static_cast<uint8_t>(static_cast<int>(values[i].lane[lane]));
+      for (int64_t i = 0; i < width; ++i) codes[i] = levels.code(values[i].lane[lane]);
       out.scale[place.grid] = grid.scale[lane];
       if (!search.symmetric) out.offset[place.grid] = grid.offset[lane];
       out.errors[2 * place.row] += error[lane];
@@ -193,18 +254,25 @@ void quantize_groups(const T* weight, int64_t columns, int64_t begin, int64_t en
   }
 }
 
-}  // namespace
-
-void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, const GridSearch& search,
-              const QuantizedRows& out) {
+template <class Levels>
+void quantize_on(const Levels& levels, const void* weight, Dtype dtype, int64_t rows, int64_t columns,
+                 const GridSearch& search, const QuantizedRows& out) {
   const int64_t whole = columns / search.group_size, rest = columns % search.group_size;
   with_type(dtype, [&](auto* type) {
     const auto* values = static_cast<decltype(type)>(const_cast<void*>(weight));
     at::parallel_for(0, rows, kGrain / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      quantize_groups(values, columns, begin, end, 0, whole, search.group_size, search, out);
-      quantize_groups(values, columns, begin, end, columns - rest, rest ? 1 : 0, rest, search, out);
+      quantize_groups(values, columns, begin, end, 0, whole, search.group_size, search, levels, out);
+      quantize_groups(values, columns, begin, end, columns - rest, rest ? 1 : 0, rest, search, levels, out);
     });
   });
+}
+
+}  // namespace
+
+void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, const GridSearch& search,
+              const QuantizedRows& out) {
+  if (search.levels) return quantize_on(CodebookLevels(search), weight, dtype, rows, columns, search, out);
+  quantize_on(UniformLevels(search), weight, dtype, rows, columns, search, out);
 }
 
 }  // namespace kbit

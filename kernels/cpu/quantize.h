@@ -12,8 +12,9 @@ struct GridSearch {
   int64_t group_size;
   bool symmetric;
   float global_scale;    // a power of two
-  double lowest_shrink;  // of the narrowest grid tried
-  int candidates;        // grids tried before the refit, the full range among them; 0: the full range, without a refit
+  double lowest_shrink, highest_shrink;  // of the narrowest and the widest grid tried
+  int candidates;  // grids tried before the refit, the full range among them; 0: the full range, without a refit
+  const uint8_t* levels = nullptr;  // [2 ** bits] of a codebook, ascending; null where every code is its own level
 };
 
 struct QuantizedRows {

@@ -43,6 +43,15 @@ Tensor operand(const Tensor& tensor, const char* name, at::ScalarType type, at::
   return tensor.contiguous();
 }
 
+// The levels that the codes of a weight stand for, checked.
+Tensor codebook_operand(const Tensor& codebook, int64_t bits) {
+  TORCH_CHECK(takes_codebook(static_cast<int>(bits)), "codebooks are of 2 to 7 bits, got ", bits);
+  const Tensor levels = operand(codebook, "codebook", at::kByte, {int64_t{1} << bits});
+  const auto* level = levels.const_data_ptr<uint8_t>();
+  for (int64_t i = 1; i < levels.numel(); ++i) TORCH_CHECK(level[i - 1] < level[i], "codebook must ascend");
+  return levels;
+}
+
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 
 // The packed weight in `packed`, whose header is checked against what the caller knows: a wrong one would be read out of bounds.
@@ -55,15 +64,17 @@ TiledWeight tiled_weight(const Tensor& packed) {
   TiledHeader header;
   std::memcpy(&header, bytes, sizeof header);
   TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
-  TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.rows >= 0 && header.rows < kMaxSize &&
+  TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.codebook <= 1 &&
+                  (!header.codebook || takes_codebook(header.bits)) && header.rows >= 0 && header.rows < kMaxSize &&
                   header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 && header.group_size < kMaxSize,
               "the header of the packed weight is damaged");
   TiledWeight weight;
   static_cast<TiledLayout&>(weight) =
-      TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size);
+      TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size, header.codebook);
   TORCH_CHECK(packed.numel() == weight.nbytes(), "a packed weight of ", weight.rows, " x ", weight.columns, " takes ",
               weight.nbytes(), " bytes, got ", packed.numel());
-  weight.data = bytes + kHeaderBytes;
+  if (weight.codebook) weight.levels = bytes + kHeaderBytes;
+  weight.data = bytes + kHeaderBytes + weight.codebook_bytes();
   weight.global_scale = header.global_scale;
   return weight;
 }
@@ -356,28 +367,31 @@ Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
 }
 
 Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
-                int64_t bits, int64_t group_size) {
+                int64_t bits, int64_t group_size, const OptionalTensor& codebook) {
   TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1 && group_size < kMaxSize, "group_size must be at least 1, got ", group_size);
-  const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size);
+  const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size, codebook.has_value());
   const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
   const Tensor steps = operand(scale, "scale", at::kHalf, {layout.rows, layout.groups});
   const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, {layout.rows, layout.groups}) : Tensor();
   const Tensor factor = operand(global_scale, "global_scale", at::kFloat, {1});
+  const Tensor levels = codebook ? codebook_operand(*codebook, bits) : Tensor();
   Tensor packed = allocate_packed(layout.nbytes());
   auto* bytes = packed.mutable_data_ptr<uint8_t>();
-  std::memset(bytes, 0, kHeaderBytes);
+  const int64_t begin = kHeaderBytes + layout.codebook_bytes();
+  std::memset(bytes, 0, begin);
   std::memset(bytes + layout.nbytes() - kTailBytes, 0, kTailBytes);
-  const TiledHeader header{kMagic, static_cast<uint8_t>(bits), static_cast<uint8_t>(!offset), 0,
+  const TiledHeader header{kMagic, static_cast<uint8_t>(bits), layout.symmetric, layout.codebook, 0,
                            *factor.const_data_ptr<float>(), 0, layout.rows, layout.columns, layout.group_size};
   std::memcpy(bytes, &header, sizeof header);
+  if (codebook) std::memcpy(bytes + kHeaderBytes, levels.const_data_ptr(), levels.numel());
   tile(layout, source.const_data_ptr<uint8_t>(), reinterpret_cast<const uint16_t*>(steps.const_data_ptr()),
-       offset ? reinterpret_cast<const uint16_t*>(zeros.const_data_ptr()) : nullptr, bytes + kHeaderBytes);
+       offset ? reinterpret_cast<const uint16_t*>(zeros.const_data_ptr()) : nullptr, bytes + begin);
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed) {
   const TiledWeight weight = tiled_weight(packed);
   const Tensor codes = at::empty({weight.rows, weight.columns}, packed.options());
   const Tensor scale = at::empty({weight.rows, weight.groups}, packed.options().dtype(at::kHalf));
@@ -385,7 +399,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed) {
   const Tensor global_scale = at::full({1}, weight.global_scale, packed.options().dtype(at::kFloat));
   untile(weight, codes.mutable_data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.mutable_data_ptr()),
          weight.symmetric ? nullptr : reinterpret_cast<uint16_t*>(offset.mutable_data_ptr()));
-  return {codes, scale, offset, global_scale};
+  const Tensor codebook = at::empty({weight.codebook ? 1 << weight.bits : 0}, packed.options());
+  if (weight.codebook) std::memcpy(codebook.mutable_data_ptr(), weight.levels, codebook.numel());
+  return {codes, scale, offset, global_scale, codebook};
 }
 
 // A number that changes when one of `tensors` becomes another tensor, gets another storage or layout, or is written to.
@@ -419,7 +435,8 @@ void force_isa_cpu(std::string_view name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, double global_scale, int64_t bits,
                                                         int64_t group_size, bool symmetric, double lowest_shrink,
-                                                        int64_t candidates) {
+                                                        double highest_shrink, int64_t candidates,
+                                                        const OptionalTensor& codebook) {
   TORCH_CHECK(weight.dim() == 2, "weight must be a matrix [N, K], got ", weight.sizes());
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1, "group_size must be at least 1, got ", group_size);
@@ -432,8 +449,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, do
   const Tensor scale = at::empty({rows, groups}, source.options().dtype(at::kHalf));
   const Tensor offset = at::empty({symmetric ? 0 : rows, groups}, source.options().dtype(at::kHalf));
   const Tensor errors = at::zeros({rows, 2}, source.options().dtype(at::kDouble));
-  const GridSearch search{static_cast<int>(bits), group_size, symmetric, static_cast<float>(global_scale),
-                          lowest_shrink, static_cast<int>(candidates)};
+  const Tensor levels = codebook ? codebook_operand(*codebook, bits) : Tensor();
+  const GridSearch search{static_cast<int>(bits), group_size, symmetric, static_cast<float>(global_scale), lowest_shrink,
+                          highest_shrink, static_cast<int>(candidates), codebook ? levels.const_data_ptr<uint8_t>() : nullptr};
   quantize(source.const_data_ptr(), dtype, rows, columns, search,
            {codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<at::Half>(), offset.mutable_data_ptr<at::Half>(),
             errors.mutable_data_ptr<double>()});

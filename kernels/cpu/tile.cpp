@@ -94,7 +94,7 @@ void untile(const TiledWeight& weight, uint8_t* codes, uint16_t* scale, uint16_t
     const uint8_t* words = block + weight.grid_bytes;
     for_quads(weight, [&](int64_t column, int64_t count, int64_t quad) {
       uint8_t quad_codes[kCodesPerQuad];
-      isa().unpack(words + quad * 8 * weight.bits, weight.bits, 1, quad_codes);
+      isa().unpack(words + quad * 8 * weight.bits, weight.bits, nullptr, 1, quad_codes);
       for (int row = 0; row < rows; ++row) {
         std::memcpy(codes + (first + row) * weight.columns + column, quad_codes + row * kQuad, count);
       }

@@ -6,9 +6,14 @@
 // of 8 x 8 bits. Groups start at quads of their own, and what lies past N, K or a group's end is zero.
 //
 //   header, 64 bytes
+//   levels uint8 [2 ** bits], of a codebook only, to the next multiple of 64 bytes
 //   row block 0: scale float16 [groups][16], offset float16 [groups][16] (not when symmetric), words [quads][bits], padding
 //   row block 1: ...
 //   64 bytes that loads of whole vectors may touch
+//
+// A code stands for its level: for itself, or for what the codebook of the weight gives it. Levels are bytes either way, so a product
+// of levels and activations is one of integers. At 1 bit two levels are a scale and an offset, and at 8 bits the 256 different bytes
+// leave no choice: codebooks are of 2 to 7 bits.
 //
 // No include of torch or of the standard library's templates: files for other instruction sets than the machine's read this.
 #pragma once
@@ -26,11 +31,14 @@ inline constexpr int64_t kHeaderBytes = 64;
 inline constexpr int64_t kTailBytes = 64;
 inline constexpr uint32_t kMagic = 0x3154424b;  // "KBT1"
 
+inline constexpr bool takes_codebook(int bits) { return bits >= 2 && bits <= 7; }
+
 struct TiledHeader {
   uint32_t magic;
   uint8_t bits;       // 1..8
   uint8_t symmetric;  // 0 or 1
-  uint16_t reserved;
+  uint8_t codebook;   // 0 or 1
+  uint8_t reserved;
   float global_scale;
   uint32_t padding;
   int64_t rows, columns, group_size;
@@ -42,13 +50,15 @@ static inline int64_t ceil_div(int64_t value, int64_t divisor) { return value / 
 // Where things lie: follows from what the header says.
 struct TiledLayout {
   int bits = 1;
-  bool symmetric = false;
+  bool symmetric = false, codebook = false;
+  int level_bits = 1;  // of a level: `bits`, or 8 with a codebook
   int64_t rows = 0, columns = 0, group_size = 1;
   int64_t groups = 0, group_quads = 1, quads = 0, row_blocks = 0, grid_bytes = 0, block_bytes = 0;
 
   TiledLayout() = default;
-  TiledLayout(int bits_, bool symmetric_, int64_t rows_, int64_t columns_, int64_t group_size_)
-      : bits(bits_), symmetric(symmetric_), rows(rows_), columns(columns_), group_size(group_size_) {
+  TiledLayout(int bits_, bool symmetric_, int64_t rows_, int64_t columns_, int64_t group_size_, bool codebook_ = false)
+      : bits(bits_), symmetric(symmetric_), codebook(codebook_), level_bits(codebook_ ? 8 : bits_), rows(rows_),
+        columns(columns_), group_size(group_size_) {
     groups = ceil_div(columns, group_size);
     group_quads = ceil_div(group_size, kQuad);
     quads = groups ? (groups - 1) * group_quads + ceil_div(columns - (groups - 1) * group_size, kQuad) : 0;
@@ -57,7 +67,8 @@ struct TiledLayout {
     block_bytes = (grid_bytes + quads * 8 * bits + 63) / 64 * 64;
   }
 
-  int64_t nbytes() const { return kHeaderBytes + row_blocks * block_bytes + kTailBytes; }
+  int64_t codebook_bytes() const { return codebook ? (bits == 7 ? 128 : 64) : 0; }
+  int64_t nbytes() const { return kHeaderBytes + codebook_bytes() + row_blocks * block_bytes + kTailBytes; }
   int64_t quads_of(int64_t group) const {
     const int64_t left = quads - group * group_quads;
     return left < group_quads ? left : group_quads;
@@ -66,7 +77,8 @@ struct TiledLayout {
 
 // A packed weight as the kernels see it.
 struct TiledWeight : TiledLayout {
-  const uint8_t* data = nullptr;  // the first row block
+  const uint8_t* data = nullptr;    // the first row block
+  const uint8_t* levels = nullptr;  // of the codebook: 64 bytes, or 128 at 7 bits; null without one
   float global_scale = 1;
 
   const uint8_t* block(int64_t row_block) const { return data + row_block * block_bytes; }
@@ -87,8 +99,8 @@ struct ActivationBlock {
 // sums[row of x][16] = W[row block] @ x without the global scale, for the rows of `count` blocks, one after the other.
 using DotKernel = void (*)(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count,
                            float* sums);
-// The codes of `quads` quads: [quads][16 rows][4 columns].
-using UnpackKernel = void (*)(const uint8_t* words, int bits, int64_t quads, uint8_t* codes);
+// The levels of `quads` quads by a codebook, or their codes where `levels` is null: [quads][16 rows][4 columns].
+using UnpackKernel = void (*)(const uint8_t* words, int bits, const uint8_t* levels, int64_t quads, uint8_t* out);
 
 // Bytes of the table that `fill` makes of a block for weights of this layout; 0 where looking up is not faster.
 using TableBytes = int64_t (*)(const TiledLayout& layout, int rows);
