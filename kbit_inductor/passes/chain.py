@@ -1,8 +1,8 @@
 """Products and attention of a decoding step that follow one another become one call, ``kbit::chain_cpu``.
 
 With one row of activations a call costs as much as the product in it: its arguments are boxed, its threads are gathered and sent
-away again. In a chain the threads stay together, and the next weight is on its way while they wait for each other. A Llama layer of a
-decoding step is two calls then: the chain from its attention to the projections of the next layer, and Inductor's kernel in between.
+away again. In a chain the threads stay together, and the next weight is on its way while they wait for each other. A Llama layer of
+a decoding step is two calls then: the chain from its attention to the projections of the next layer, and one kernel of Inductor.
 
 One launch for a whole block after the manner of GPU megakernels (Spector et al., "Look Ma, No Bubbles!", 2025).
 """
@@ -80,9 +80,11 @@ def _result(node: fx.Node) -> fx.Node:
 
 
 def _heads_together(attention: fx.Node) -> fx.Node | None:
-    """The node that lays the heads of each query side by side, ``[B, M, H * D]``, when that is all that is read of ``attention``."""
+    """The node that lays the heads of each query side by side, ``[B, M, H * D]``, if that is all that is read of ``attention``."""
     batch, heads, queries, size = attention.meta[VALUE].shape
-    apart, swapped, together = (batch, heads, queries, size), (batch, queries, heads, size), (batch, queries, heads * size)
+    apart: tuple[Any, ...] = (batch, heads, queries, size)
+    swapped: tuple[Any, ...] = (batch, queries, heads, size)
+    together: tuple[Any, ...] = (batch, queries, heads * size)
     node, shape = attention, apart
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -127,8 +129,8 @@ def _replace(graph: fx.Graph, lowered: Lowered, calls: list[fx.Node]) -> None:
 
 def _call(node: fx.Node, positions: dict[Any, int]) -> chains.Product | chains.Attention:
     if node.target is ATTENTION:
-        *tensors, scale = node.args
-        return chains.Attention(*(positions[tensor] for tensor in tensors), scale)  # type: ignore[arg-type]
+        query, key, value, mask = (positions[tensor] for tensor in _operands(node))
+        return chains.Attention(query, key, value, mask, node.args[4])  # type: ignore[arg-type]
     call = Call(*node.args)  # type: ignore[arg-type]
     at = {name: positions[vars(call)[name]] for name in ("x", "norm_weight", "residual")}
     weights, biases = (tuple(positions[tensor] for tensor in tensors) for tensors in (call.weights, call.biases))

@@ -14,19 +14,28 @@
 namespace kbit {
 namespace {
 
-class Unpacker {
- public:
-  explicit Unpacker(int bits) {
-    alignas(64) uint8_t source[64] = {};
-    for (int lane = 0; lane < 8; ++lane) {
-      for (int plane = 0; plane < bits; ++plane) {
-        const int byte = lane * 8 + 8 - bits + plane;  // as a matrix, byte 7 of a lane gives bit 0 of the codes
-        source[byte] = static_cast<uint8_t>(plane * 8 + lane);
-        used_ |= 1ull << byte;
+// How vpermb spreads the words of 1 to 8 bits, and the bytes that it fills.
+struct Spread {
+  alignas(64) uint8_t source[9][64] = {};
+  uint64_t used[9] = {};
+
+  constexpr Spread() {
+    for (int bits = 1; bits <= 8; ++bits) {
+      for (int lane = 0; lane < 8; ++lane) {
+        for (int plane = 0; plane < bits; ++plane) {
+          const int byte = lane * 8 + 8 - bits + plane;  // as a matrix, byte 7 of a lane gives bit 0 of the codes
+          source[bits][byte] = static_cast<uint8_t>(plane * 8 + lane);
+          used[bits] |= uint64_t{1} << byte;
+        }
       }
     }
-    source_ = _mm512_load_si512(source);
   }
+};
+constexpr Spread kSpread;
+
+class Unpacker {
+ public:
+  explicit Unpacker(int bits) : source_(_mm512_load_si512(kSpread.source[bits])), used_(kSpread.used[bits]) {}
 
   // Loads of the words alone, where a vector holds more: they cross fewer cache lines.
   template <int Bytes>
@@ -45,7 +54,7 @@ class Unpacker {
   }
 
   __m512i source_;
-  __mmask64 used_ = 0;
+  __mmask64 used_;
 };
 
 // What turns codes into levels: nothing, or a codebook of up to 64 levels, or one of 128.
@@ -156,14 +165,20 @@ inline void prefetch(const uint8_t* words) {
   }
 }
 
+// The scales and offsets of a group lie in one line of a row block's grid, or in half a one: that many lines are asked for meanwhile.
+inline void prefetch_grid(const uint8_t* block, int64_t group) {
+  _mm_prefetch(reinterpret_cast<const char*>(block) + kFar + group * 64, _MM_HINT_T1);
+}
+
 // Few rows of x: the levels go from the unpacking straight into the products, and the sums stay in registers.
 template <class Levels, int Rows, int Bytes>
 void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
   constexpr int kChains = Rows == 1 ? 2 : 1;  // more than one, since a product waits for the one before it in its chain
+  constexpr int kStep = Bytes < 32 ? 4 : 2;   // quads at once: about a line of words
   const Unpacker unpacker(weight.bits);
   const Levels levels(weight.levels);
   const __m128i shift = _mm_cvtsi32_si128(Levels::bits(weight) - 1);
-  const int64_t step = 8 * weight.bits;
+  const int64_t bytes = 8 * weight.bits;
   const uint8_t* words = block + weight.grid_bytes;
   const int8_t* q = x.codes;
   __m512 total[Rows];
@@ -171,6 +186,7 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
   for (int b = 0; b < Rows; ++b) total[b] = _mm512_setzero_ps();
   int64_t segment = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
+    prefetch_grid(block, group);
     const Scales grid(weight, Levels::bits(weight), block, group);
     for (int64_t left = weight.quads_of(group); left > 0; ++segment) {
       const int64_t quads = left < kSegmentQuads ? left : kSegmentQuads;
@@ -182,24 +198,27 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
         if constexpr (kChains == 2) part[1][b] = _mm512_setzero_si512();
       }
       int64_t quad = 0;
-      for (; quad + kChains <= quads; quad += kChains) {
-        prefetch<kChains * Bytes>(words);
-#pragma GCC unroll 2
-        for (int chain = 0; chain < kChains; ++chain) {
+      for (; quad + kStep <= quads; quad += kStep) {
+        prefetch<kStep * Bytes>(words);
+#pragma GCC unroll 4
+        for (int i = 0; i < kStep; ++i) {
           const __m512i w = levels.of(unpacker.codes<Bytes>(words));
-          words += step;
+          words += bytes;
 #pragma GCC unroll 4
           for (int b = 0; b < Rows; ++b) {
-            multiply(part[chain][b], w, q + b * kQuad);
+            multiply(part[i % kChains][b], w, q + b * kQuad);
           }
           q += Rows * kQuad;
         }
       }
-      if (kChains == 2 && quad < quads) {
+      for (; quad < quads; ++quad) {
         const __m512i w = levels.of(unpacker.codes<Bytes>(words));
-        part[0][0] = _mm512_dpbusd_epi32(part[0][0], w, _mm512_set1_epi32(load_quad(q)));
-        words += step;
-        q += kQuad;
+        words += bytes;
+#pragma GCC unroll 4
+        for (int b = 0; b < Rows; ++b) {
+          multiply(part[0][b], w, q + b * kQuad);
+        }
+        q += Rows * kQuad;
       }
 #pragma GCC unroll 4
       for (int b = 0; b < Rows; ++b) {
@@ -266,18 +285,26 @@ void fill_table(const TiledLayout& layout, const ActivationBlock& x, uint8_t* ta
   }
 }
 
-// Indices into the table: the bits of row r and quad q in byte 4 r + q, on top of them the number of the quad.
-class Indices {
- public:
-  Indices() {
-    alignas(64) uint8_t source[64], shift[64], quad[64];
+// How indices into the table are made: the bits of row r and quad q in byte 4 r + q, on top of them the number of the quad.
+struct IndexBytes {
+  alignas(64) uint8_t source[64] = {}, shift[64] = {}, quad[64] = {};
+
+  constexpr IndexBytes() {
     for (int i = 0; i < 64; ++i) {
       source[i] = static_cast<uint8_t>(i % 4 * 8 + i / 8);
       shift[i] = static_cast<uint8_t>(i % 4 * 8 + i / 4 % 2 * 4);
       quad[i] = static_cast<uint8_t>(i % 4 << 4);
     }
-    source_ = _mm512_load_si512(source), shift_ = _mm512_load_si512(shift), quad_ = _mm512_load_si512(quad);
   }
+};
+constexpr IndexBytes kIndexBytes;
+
+class Indices {
+ public:
+  Indices()
+      : source_(_mm512_load_si512(kIndexBytes.source)),
+        shift_(_mm512_load_si512(kIndexBytes.shift)),
+        quad_(_mm512_load_si512(kIndexBytes.quad)) {}
   __m512i of(const uint8_t* words) const {
     const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
     const __m512i spread = _mm512_permutexvar_epi8(source_, _mm512_castsi256_si512(four));
@@ -297,6 +324,7 @@ void dot_lookup(const TiledWeight& weight, const uint8_t* block, const Activatio
   __m512 total = _mm512_setzero_ps();
   int64_t segment = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
+    prefetch_grid(block, group);
     const Scales grid(weight, weight.level_bits, block, group);
     for (int64_t left = weight.quads_of(group); left > 0; ++segment) {
       const int64_t quads = left < kSegmentQuads ? left : kSegmentQuads;
