@@ -20,7 +20,7 @@ from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.lowering import chain as chains
 from kbit_inductor.passes.fuse import ATTENTION, FUSED, Call
 from kbit_inductor.passes.lower import Lowered
-from kbit_inductor.passes.patterns import is_constant
+from kbit_inductor.passes.patterns import is_constant, value_of
 
 CHAIN = torch.ops.kbit.chain_cpu.default
 MOST_ROWS = 16  # with more the products take so long that nothing is gained
@@ -46,8 +46,10 @@ def chain(context: Context, lowered: Lowered) -> None:
 
 
 def _has_few_rows(node: fx.Node) -> bool:
-    sizes = node.meta[VALUE].shape
-    sizes = sizes[:-1] if node.target is FUSED else (sizes[0], sizes[2])
+    value = value_of(node)
+    if value is None:
+        return False
+    sizes = value.shape[:-1] if node.target is FUSED else (value.shape[0], value.shape[2])
     return all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= MOST_ROWS
 
 
@@ -56,15 +58,11 @@ def _continues(calls: list[fx.Node], node: fx.Node, order: dict[fx.Node, int]) -
 
     Not so attention, which reads a cache that the graph writes to: it stays where it is, and begins a chain.
     """
-    call = Call.of(node)
-    if call is None:
+    if Call.of(node) is None:
         return False
     made = [_result(each) for each in calls]
-    return all(
-        operand in made or (order[operand] < order[calls[0]] and is_constant(operand))
-        for operand in _operands(node)
-        if operand is not None
-    )
+    operands = [operand for operand in _operands(node) if operand is not None]
+    return all(is_constant(operand) and (operand in made or order[operand] < order[calls[0]]) for operand in operands)
 
 
 def _operands(node: fx.Node) -> list[fx.Node | None]:
