@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "chain.h"
 #include "isa.h"
+#include "operands.h"
 #include "packed_memory.h"
 #include "quantize.h"
 #include "tiled_linear.h"
@@ -24,67 +25,6 @@ namespace kbit {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Dtype dtype_of(at::ScalarType type, const char* what) {
-  switch (type) {
-    case at::kFloat: return Dtype::Float32;
-    case at::kBFloat16: return Dtype::BFloat16;
-    case at::kHalf: return Dtype::Float16;
-    default: TORCH_CHECK(false, what, " must be float32, bfloat16 or float16, got ", type);
-  }
-}
-
-// The operand in contiguous memory, once it is known to be what the kernel will read it as.
-Tensor operand(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef shape) {
-  TORCH_CHECK(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", type, ", got ", tensor.scalar_type());
-  TORCH_CHECK(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  return tensor.contiguous();
-}
-
-// The levels that the codes of a weight stand for, checked.
-Tensor codebook_operand(const Tensor& codebook, int64_t bits) {
-  TORCH_CHECK(takes_codebook(static_cast<int>(bits)), "codebooks are of 2 to 7 bits, got ", bits);
-  const Tensor levels = operand(codebook, "codebook", at::kByte, {int64_t{1} << bits});
-  const auto* level = levels.const_data_ptr<uint8_t>();
-  for (int64_t i = 1; i < levels.numel(); ++i) TORCH_CHECK(level[i - 1] < level[i], "codebook must ascend");
-  return levels;
-}
-
-constexpr int64_t kMaxSize = int64_t{1} << 31;
-
-// The packed weight in `packed`, whose header is checked against what the caller knows: a wrong one would be read out of bounds.
-TiledWeight tiled_weight(const Tensor& packed) {
-  TORCH_CHECK(packed.device().is_cpu() && packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous(),
-              "a packed weight must be a contiguous uint8 vector on the CPU, got ", packed.sizes(), " ",
-              packed.scalar_type(), " on ", packed.device());
-  TORCH_CHECK(packed.numel() >= kHeaderBytes + kTailBytes, "a packed weight of ", packed.numel(), " bytes has no header");
-  const auto* bytes = packed.const_data_ptr<uint8_t>();
-  TiledHeader header;
-  std::memcpy(&header, bytes, sizeof header);
-  TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
-  TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.codebook <= 1 &&
-                  (!header.codebook || takes_codebook(header.bits)) && header.rows >= 0 && header.rows < kMaxSize &&
-                  header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 && header.group_size < kMaxSize,
-              "the header of the packed weight is damaged");
-  TiledWeight weight;
-  static_cast<TiledLayout&>(weight) =
-      TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size, header.codebook);
-  TORCH_CHECK(packed.numel() == weight.nbytes(), "a packed weight of ", weight.rows, " x ", weight.columns, " takes ",
-              weight.nbytes(), " bytes, got ", packed.numel());
-  if (weight.codebook) weight.levels = bytes + kHeaderBytes;
-  weight.data = bytes + kHeaderBytes + weight.codebook_bytes();
-  weight.global_scale = header.global_scale;
-  return weight;
-}
-
-// What 16 bits mean depends on what the activations hold: float32 takes three digits, the others two.
-int grid_bits(int64_t activation_bits, Dtype dtype) {
-  TORCH_CHECK((activation_bits >= 1 && activation_bits <= 8) || activation_bits == 16,
-              "activation_bits must be 1 to 8, or 16, got ", activation_bits);
-  return activation_bits == 16 && dtype == Dtype::Float32 ? 24 : static_cast<int>(activation_bits);
-}
 
 // Operands of a product, checked, and kept alive while the kernels read them.
 class Product {
