@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
+from fusions import OPTIONS, Compiled
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kbit_inductor import backend
-from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.testing import dequantized_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
-OPTIONS = {"bits": 5, "group_size": 16, "min_elements": 0}
-
-
-class Compiled:
-    """``module`` compiled up to Inductor, with the fusions that were done and the operators in the graph."""
-
-    def __init__(self, module: nn.Module, x: Tensor, **options: object) -> None:
-        module.eval().requires_grad_(False)
-        self.fusions: Counter[str] = Counter()
-        self.operators: Counter[str] = Counter()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "inductor", self._keep)
-            patch.setattr(backend.pipeline, "chain", lambda context, lowered: None)  # see test_chain.py
-            run = backend.pipeline.run
-            patch.setattr(backend.pipeline, "run", lambda context: self._count(run(context)))
-            self.result = torch.compile(module, backend="kbit", options=OPTIONS | options)(x)
-        self.error = relative_error(self.result, dequantized_copy(module)(x))
-
-    def _count(self, lowered):
-        self.fusions += lowered.fusions
-        return lowered
-
-    def _keep(self, gm, inputs, mode):
-        self.operators += Counter(str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
-        return gm.forward
-
-    def products(self) -> int:
-        return self.operators["kbit.fused_linear_cpu.default"] + self.operators["kbit.linear_cpu.default"]
 
 
 def test_a_llama_layer_is_four_calls():
