@@ -30,6 +30,7 @@ from kbit_inductor.errors import (
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
+from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 
 __version__ = "0.1.0"
@@ -62,5 +63,6 @@ __all__ = [
     "explain",
     "generate",
     "kbit",
+    "register_quantizer",
     "restore_",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
-from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, codebook
+from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook")
@@ -60,6 +60,10 @@ class LayerConfig:
     def levels(self) -> Codebook | None:
         """The levels that codes stand for; None where every code is its own."""
         return codebook(self.codebook, self.bits)
+
+    def format(self, columns: int) -> Format:
+        """The form of the codes of a weight with rows of ``columns``."""
+        return Format(self.bits, self.group_columns(columns), self.symmetric, self.levels())
 
     def group_columns(self, columns: int) -> int:
         """The group size in columns for a row of ``columns``: never more than the row, at least 1."""

@@ -82,7 +82,7 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
         columns = weight.size(1)
         group_size = config.group_columns(columns)
         levels = config.levels()
-        quantized = QUANTIZERS[config.quantizer](weight, config.bits, group_size, config.symmetric, levels)
+        quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), None)
         grid = (quantized.scale, quantized.offset, quantized.global_scale)
         codebook = Levels(config.bits, levels).table(weight.device)
         operands: Operands

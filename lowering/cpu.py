@@ -31,12 +31,13 @@ SCHEMAS = {
     "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
 }
 # Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows; in
-# place of a codebook (uint8 [2 ** bits], ascending), uniform codes give an empty one; errors is float64 [N, 2], squared error and
-# squared norm of every row in units of global_scale.
+# place of a codebook (uint8 [2 ** bits], ascending), uniform codes give an empty one; importance is float32 [K], the weight of each
+# column's squared error in the search; errors is float64 [N, 2], plain squared error and squared norm of every row in units of
+# global_scale.
 TOOLS = {
     "quantize_cpu": (
         "(Tensor weight, float global_scale, int bits, int group_size, bool symmetric, float lowest_shrink, float highest_shrink, "
-        "int candidates, Tensor? codebook) "
+        "int candidates, Tensor? codebook, Tensor? importance=None, int refits=1) "
         "-> (Tensor codes, Tensor scale, Tensor offset, Tensor errors)"
     ),
     "tile_cpu": (

@@ -15,7 +15,7 @@ from kbit_inductor.kernels.layout import takes_codebook
 from kbit_inductor.lowering import registry
 from kbit_inductor.lowering.registry import Problem, choose
 from kbit_inductor.packing import operand_specs, pack, plane_operands
-from kbit_inductor.quantizers import QUANTIZERS, clip, codebook
+from kbit_inductor.quantizers import QUANTIZERS, Format, clip, codebook
 from kbit_inductor.quantizers.codebooks import CODEBOOKS, distortion, lloyd_max, normal_float, to_bytes
 from kbit_inductor.quantizers.levels import Levels
 from kbit_inductor.testing import dequantized_copy, relative_error
@@ -100,9 +100,9 @@ def test_gaussian_weights_in_groups_of_64(_form, symmetric):
     """The errors that design figures promise for Lloyd-Max levels with a fitted scale, and always below an even grid's."""
     weight = normal((512, 512), 0)
     for bits, promised in ((2, 0.124), (3, 0.035), (4, 0.0090), (5, 0.0025)):
-        error = clip(weight, bits, 64, symmetric, codebook("normal", bits)).error
+        error = clip(weight, Format(bits, 64, symmetric, codebook("normal", bits))).error
         assert error < promised
-        assert error < clip(weight, bits, 64, symmetric).error
+        assert error < clip(weight, Format(bits, 64, symmetric)).error
 
 
 @pytest.mark.parametrize("name", NAMES)

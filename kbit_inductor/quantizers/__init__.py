@@ -1,21 +1,29 @@
-"""Quantizers: weights in, codes out. They know neither graphs nor kernels."""
+"""Quantizers: weights and statistics of their inputs in, codes out. They know neither graphs nor kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
-from torch import Tensor
-
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.codebooks import CODEBOOK_NAMES, Codebook, codebook
+from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.grid import Quantized
+from kbit_inductor.quantizers.hqq import hqq
 from kbit_inductor.quantizers.levels import Levels
+from kbit_inductor.quantizers.registry import QUANTIZERS, Quantizer, register_quantizer
 from kbit_inductor.quantizers.rtn import rtn
+from kbit_inductor.quantizers.statistics import Statistics
 
-Quantizer = Callable[[Tensor, int, int, bool, "Codebook | None"], Quantized]
-"""``(weight [N, K], bits, group_size, symmetric, codebook) -> Quantized``; ``group_size`` is in columns, at least 1."""
-
-QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType({"clip": clip, "rtn": rtn})
-
-__all__ = ["CODEBOOK_NAMES", "QUANTIZERS", "Codebook", "Levels", "Quantized", "Quantizer", "clip", "codebook", "rtn"]
+__all__ = [
+    "CODEBOOK_NAMES",
+    "QUANTIZERS",
+    "Codebook",
+    "Format",
+    "Levels",
+    "Quantized",
+    "Quantizer",
+    "Statistics",
+    "clip",
+    "codebook",
+    "hqq",
+    "register_quantizer",
+    "rtn",
+]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kbit_inductor.kernels.layout import group_count
 from kbit_inductor.lowering.quantize import quantize_operator
+from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.levels import Levels
 
 CHUNK_ELEMENTS = 1 << 18  # elements worked on at once: 1 MB of float32, so that a search stays in the L2 cache
@@ -36,58 +37,91 @@ class Quantized:
     error: float
 
 
-FindGrid = Callable[[Tensor, Levels, bool], tuple[Tensor, Tensor | None]]
-"""``(groups [R, g] float32, levels, symmetric) -> (scale [R], offset [R] or None)``, both rounded to float16, as float32."""
+@dataclass(frozen=True)
+class GroupValues:
+    """Groups of a weight, and how much an error of each value counts.
+
+    Attributes:
+        values: float32 ``[R, g]``.
+        importance: the weight of each value's squared error, float32 ``[R, g]`` and positive; None where all count alike.
+    """
+
+    values: Tensor
+    importance: Tensor | None = None
+
+    def total(self, terms: Tensor) -> Tensor:
+        """The sum ``[R]`` of ``terms`` ``[R, g]``, weighted by importance."""
+        return (terms if self.importance is None else terms * self.importance).sum(dim=-1)
+
+
+Grids = tuple[Tensor, "Tensor | None"]
+"""``(scale [R], offset [R] or None where symmetric)``, both rounded to float16, as float32."""
+
+FindGrids = Callable[[GroupValues, Levels, bool], Grids]
+"""``(groups, levels, symmetric) -> grids``: a PyTorch function that defines how the grids of groups are found."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """How the grid of a group is found: a PyTorch function, which defines it, and its parameters for the compiled form.
+class Search:
+    """The same, for the compiled form.
 
     Attributes:
-        find_grid: the function.
-        candidates: grids tried before the least-squares refit, the full range among them; 0 for the full range as it is.
+        candidates: grids tried, the full range among them, before least-squares fits; 0 for the full range as it is.
         lowest_shrink: width of the narrowest candidate, relative to the full range.
         highest_shrink: that of the widest.
+        refits: how many least-squares fits.
     """
 
-    find_grid: FindGrid
     candidates: int = 0
     lowest_shrink: float = 1.0
     highest_shrink: float = 1.0
+    refits: int = 0
 
 
-def quantize_groups(weight: Tensor, levels: Levels, group_size: int, symmetric: bool, method: Method) -> Quantized:
-    """Quantize ``weight`` ``[N, K]`` of any floating dtype, with one grid per group of columns."""
-    compiled = quantize_operator(weight)
-    if compiled is None:
-        return _quantize_in_pytorch(weight, levels, group_size, symmetric, method.find_grid)
+def quantize_groups(
+    weight: Tensor, format: Format, find_grids: FindGrids, search: Search | None = None, importance: Tensor | None = None
+) -> Quantized:
+    """Quantize ``weight`` ``[N, K]`` of any floating dtype, with one grid per group of columns.
+
+    Args:
+        weight: to be quantized.
+        format: of the codes.
+        find_grids: defines the grid of each group.
+        search: what the compiled form is told to do the same; None where there is none.
+        importance: the weight of each column's squared error, float32 ``[K]`` and positive; None where all count alike.
+    """
+    compiled = None if search is None else quantize_operator(weight)
+    if search is None or compiled is None:
+        return _quantize_in_pytorch(weight, format, find_grids, importance)
     global_scale = _global_scale(weight)
     codes, scale, offset, errors = compiled(
-        weight, float(global_scale), levels.bits, group_size, symmetric, method.lowest_shrink, method.highest_shrink,
-        method.candidates, levels.table(weight.device),
+        weight, float(global_scale), format.bits, format.group_size, format.symmetric, search.lowest_shrink,
+        search.highest_shrink, search.candidates, format.levels.table(weight.device), importance, search.refits,
     )  # fmt: skip
     squared_error, squared_norm = errors.sum(dim=0).tolist()
-    return Quantized(codes, scale, None if symmetric else offset, global_scale, _ratio(squared_error, squared_norm))
+    return Quantized(codes, scale, None if format.symmetric else offset, global_scale, _ratio(squared_error, squared_norm))
 
 
-def _quantize_in_pytorch(weight: Tensor, levels: Levels, group_size: int, symmetric: bool, find_grid: FindGrid) -> Quantized:
+def _quantize_in_pytorch(weight: Tensor, format: Format, find_grids: FindGrids, importance: Tensor | None) -> Quantized:
     """A few rows at a time."""
     rows, columns = weight.shape
-    result = _empty(rows, columns, group_size, symmetric, weight)
+    size = format.group_size
+    result = _empty(weight, format)
     squared_error = squared_norm = 0.0
-    whole = columns // group_size * group_size
+    whole = columns // size * size
     step = max(1, CHUNK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         values = weight[part].float() / result.global_scale
         squared_norm += float(values.square().sum(dtype=torch.float64))
+        weights = None if importance is None else importance.expand_as(values)
         # The last group of a row may be shorter; it gets a grid for what it has.
-        for first, end, width in ((0, whole, group_size), (whole, columns, columns - whole)):
+        for first, end, width in ((0, whole, size), (whole, columns, columns - whole)):
             if first < end:
-                groups = values[:, first:end].reshape(-1, width)
-                grids = slice(first // group_size, -(-end // group_size))
-                squared_error += _fill(result, part, slice(first, end), grids, groups, levels, find_grid)
+                blocks = [None if t is None else t[:, first:end].reshape(-1, width) for t in (values, weights)]
+                groups = GroupValues(*blocks)  # type: ignore[arg-type]
+                grids = slice(first // size, -(-end // size))
+                squared_error += _fill(result, part, slice(first, end), grids, groups, format.levels, find_grids)
     return dataclasses.replace(result, error=_ratio(squared_error, squared_norm))
 
 
@@ -95,25 +129,26 @@ def _ratio(squared_error: float, squared_norm: float) -> float:
     return squared_error / squared_norm if squared_norm else 0.0
 
 
-def _empty(rows: int, columns: int, group_size: int, symmetric: bool, weight: Tensor) -> Quantized:
+def _empty(weight: Tensor, format: Format) -> Quantized:
+    rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(rows, group_count(columns, group_size), dtype=torch.float16, device=weight.device)
-    offset = None if symmetric else torch.empty_like(scale)
+    scale = torch.empty(rows, group_count(columns, format.group_size), dtype=torch.float16, device=weight.device)
+    offset = None if format.symmetric else torch.empty_like(scale)
     return Quantized(codes, scale, offset, _global_scale(weight), 0.0)
 
 
 def _fill(
-    result: Quantized, rows: slice, columns: slice, grids: slice, groups: Tensor, levels: Levels, find_grid: FindGrid
+    result: Quantized, rows: slice, columns: slice, grids: slice, groups: GroupValues, levels: Levels, find_grids: FindGrids
 ) -> float:
     """Quantize ``groups`` into a block of ``result``, and return the squared error."""
-    scale, offset = find_grid(groups, levels, result.offset is None)
-    nearest = encode(groups, scale, offset, levels)
+    scale, offset = find_grids(groups, levels, result.offset is None)
+    nearest = encode(groups.values, scale, offset, levels)
     count = rows.stop - rows.start
     result.codes[rows, columns] = levels.codes(nearest).view(count, -1)
     result.scale[rows, grids] = scale.view(count, -1).half()
     if result.offset is not None and offset is not None:
         result.offset[rows, grids] = offset.view(count, -1).half()
-    return float((groups - decode(nearest, scale, offset, levels)).square().sum(dtype=torch.float64))
+    return float((groups.values - decode(nearest, scale, offset, levels)).square().sum(dtype=torch.float64))
 
 
 def encode(groups: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels) -> Tensor:

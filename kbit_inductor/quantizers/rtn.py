@@ -5,17 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kbit_inductor.quantizers.codebooks import Codebook
-from kbit_inductor.quantizers.grid import Method, Quantized, quantize_groups, round_to_half
+from kbit_inductor.quantizers.format import Format
+from kbit_inductor.quantizers.grid import Grids, GroupValues, Quantized, Search, quantize_groups, round_to_half
 from kbit_inductor.quantizers.levels import Levels
+from kbit_inductor.quantizers.statistics import Statistics
 
 
-def rtn(weight: Tensor, bits: int, group_size: int, symmetric: bool, codebook: Codebook | None = None) -> Quantized:
-    """Quantize ``weight`` ``[N, K]`` by rounding to nearest."""
-    return quantize_groups(weight, Levels(bits, codebook), group_size, symmetric, Method(full_range))
+def rtn(weight: Tensor, format: Format, statistics: Statistics | None = None) -> Quantized:
+    """Quantize ``weight`` ``[N, K]`` by rounding to nearest; ``statistics`` change nothing."""
+    return quantize_groups(weight, format, find_full_range, Search())
 
 
-def full_range(groups: Tensor, levels: Levels, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def find_full_range(groups: GroupValues, levels: Levels, symmetric: bool) -> Grids:
+    """:func:`full_range` of the values alone."""
+    return full_range(groups.values, levels, symmetric)
+
+
+def full_range(groups: Tensor, levels: Levels, symmetric: bool) -> Grids:
     """The grid of each of ``groups`` ``[R, g]`` whose ends are the group's own.
 
     A symmetric grid puts the value of largest magnitude on its lowest level, with a negative scale when that value is

@@ -119,21 +119,38 @@ inline Vector sum(int64_t count, F&& f) {
   return total;
 }
 
+// How much the squared error of value i of each group counts.
+struct Alike {
+  float operator()(int64_t) const { return 1; }
+  void set(int64_t, int, float) {}
+};
+
+class ByColumn {
+ public:
+  explicit ByColumn(int64_t width) : weights_(width) {}
+  Vector operator()(int64_t i) const { return load(weights_[i].lane); }
+  void set(int64_t i, int lane, float weight) { weights_[i].lane[lane] = weight; }
+
+ private:
+  std::vector<Values> weights_;
+};
+
 // kLanes groups of `width` values and the search for their grids: quantizers/rtn.py and clip.py, line by line.
-template <class Levels>
+template <class Levels, class Importance>
 class Groups {
  public:
-  Groups(const Values* values, int64_t width, const GridSearch& search, const Levels& levels)
-      : values_(values), width_(width), search_(search), levels_(levels) {}
+  Groups(const Values* values, int64_t width, const GridSearch& search, const Levels& levels, const Importance& importance)
+      : values_(values), width_(width), search_(search), levels_(levels), importance_(importance) {}
 
   Vector value(int64_t i) const { return load(values_[i].lane); }
 
   Vector encode(int64_t i, const Grid& grid) const { return levels_.nearest(value(i) * grid.inverse + grid.zero); }
 
-  Vector squared_error(const Grid& grid) const {
+  template <class Weights>
+  Vector squared_error(const Grid& grid, const Weights& weights) const {
     return sum(width_, [&](int64_t i) {
       const Vector error = encode(i, grid) * grid.scale + grid.offset - value(i);
-      return error * error;
+      return error * error * weights(i);
     });
   }
 
@@ -141,16 +158,16 @@ class Groups {
     return sum(width_, [&](int64_t i) { return value(i) * value(i); });
   }
 
-  // The best grid, and its squared error in `error`.
-  Grid find(Vector& error) const {
+  // The grid with the least squared error, weighted by importance, of those tried.
+  Grid find() const {
     const Grid full = full_range();
     Grid best = full;
-    error = squared_error(best);
+    Vector error = squared_error(best, importance_);
     const double spread = search_.highest_shrink - search_.lowest_shrink;
     for (int step = 1; step < search_.candidates; ++step) {
       keep_better(shrunk(full, search_.highest_shrink - spread * step / (search_.candidates - 1)), best, error);
     }
-    if (search_.candidates > 0) keep_better(least_squares(best), best, error);
+    for (int fit = 0; fit < search_.refits; ++fit) keep_better(least_squares(best), best, error);
     return best;
   }
 
@@ -184,20 +201,22 @@ class Groups {
   Grid least_squares(const Grid& old) const {
     Vector centre = splat(levels_.midpoint()), mean{};
     if (!search_.symmetric) {
-      centre = sum(width_, [&](int64_t i) { return encode(i, old); }) / static_cast<float>(width_);
-      mean = sum(width_, [&](int64_t i) { return value(i); }) / static_cast<float>(width_);
+      const Vector total = sum(width_, [&](int64_t i) { return Vector{} + importance_(i); });
+      centre = sum(width_, [&](int64_t i) { return encode(i, old) * importance_(i); }) / total;
+      mean = sum(width_, [&](int64_t i) { return value(i) * importance_(i); }) / total;
     }
     const Vector spread = sum(width_, [&](int64_t i) {
       const Vector distance = encode(i, old) - centre;
-      return distance * distance;
+      return distance * distance * importance_(i);
     });
-    const Vector moment = sum(width_, [&](int64_t i) { return (encode(i, old) - centre) * (value(i) - mean); });
+    const Vector moment =
+        sum(width_, [&](int64_t i) { return (encode(i, old) - centre) * (value(i) - mean) * importance_(i); });
     const Vector fitted = round_to_half(spread > 0.0f ? moment / spread : old.scale);
     return grid(fitted, round_to_half(mean - fitted * centre));
   }
 
   void keep_better(const Grid& candidate, Grid& best, Vector& error) const {
-    const Vector found = squared_error(candidate);
+    const Vector found = squared_error(candidate, importance_);
     const auto wins = found < error;
     error = wins ? found : error;
     best.scale = wins ? candidate.scale : best.scale;
@@ -210,6 +229,7 @@ class Groups {
   int64_t width_;
   const GridSearch& search_;
   const Levels& levels_;
+  const Importance& importance_;
 };
 
 // Where one lane's group lies in the weight.
@@ -218,14 +238,15 @@ struct Place {
 };
 
 // Quantizes groups of one width: `per_row` of them from column `first` on, in rows `begin` to `end`.
-template <class T, class Levels>
+template <class T, class Levels, class Importance>
 void quantize_groups(const T* weight, int64_t columns, int64_t begin, int64_t end, int64_t first, int64_t per_row,
-                     int64_t width, const GridSearch& search, const Levels& levels, const QuantizedRows& out) {
+                     int64_t width, const GridSearch& search, const Levels& levels, Importance importance,
+                     const QuantizedRows& out) {
   const int64_t row_grids = (columns + search.group_size - 1) / search.group_size;
   const int64_t count = (end - begin) * per_row;
   const float inverse = 1.0f / search.global_scale;  // exact
   std::vector<Values> values(count ? width : 0);
-  const Groups groups(values.data(), width, search, levels);
+  const Groups groups(values.data(), width, search, levels, importance);
   for (int64_t group = 0; group < count; group += kLanes) {
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - group));
     Place places[kLanes];
@@ -235,10 +256,13 @@ void quantize_groups(const T* weight, int64_t columns, int64_t begin, int64_t en
       places[lane] = {row, row * columns + column, row * row_grids + column / search.group_size};
       const T* source = weight + places[lane].element;
       for (int64_t i = 0; i < width; ++i) values[i].lane[lane] = to_float(source[i]) * inverse;
+      if (search.importance) {
+        for (int64_t i = 0; i < width; ++i) importance.set(i, lane, search.importance[column + i]);
+      }
     }  // lanes past the last group hold zeros or an earlier group, and are not read
 
-    Vector error;
-    const Grid grid = groups.find(error);
+    const Grid grid = groups.find();
+    const Vector error = groups.squared_error(grid, Alike());
     const Vector norm = groups.squared_norm();
     for (int64_t i = 0; i < width; ++i) store(values[i].lane, groups.encode(i, grid));
 
@@ -261,8 +285,16 @@ void quantize_on(const Levels& levels, const void* weight, Dtype dtype, int64_t 
   with_type(dtype, [&](auto* type) {
     const auto* values = static_cast<decltype(type)>(const_cast<void*>(weight));
     at::parallel_for(0, rows, kGrain / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      quantize_groups(values, columns, begin, end, 0, whole, search.group_size, search, levels, out);
-      quantize_groups(values, columns, begin, end, columns - rest, rest ? 1 : 0, rest, search, levels, out);
+      const auto part = [&](int64_t first, int64_t per_row, int64_t width) {
+        if (per_row == 0) return;
+        if (search.importance) {
+          quantize_groups(values, columns, begin, end, first, per_row, width, search, levels, ByColumn(width), out);
+        } else {
+          quantize_groups(values, columns, begin, end, first, per_row, width, search, levels, Alike(), out);
+        }
+      };
+      part(0, whole, search.group_size);
+      part(columns - rest, rest ? 1 : 0, rest);
     });
   });
 }

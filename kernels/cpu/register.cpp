@@ -376,11 +376,13 @@ void force_isa_cpu(std::string_view name) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, double global_scale, int64_t bits,
                                                         int64_t group_size, bool symmetric, double lowest_shrink,
                                                         double highest_shrink, int64_t candidates,
-                                                        const OptionalTensor& codebook) {
+                                                        const OptionalTensor& codebook, const OptionalTensor& importance,
+                                                        int64_t refits) {
   TORCH_CHECK(weight.dim() == 2, "weight must be a matrix [N, K], got ", weight.sizes());
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1, "group_size must be at least 1, got ", group_size);
   TORCH_CHECK(candidates >= 0 && candidates <= 1000, "candidates must be 0 to 1000, got ", candidates);
+  TORCH_CHECK(refits >= 0 && refits <= 1000, "refits must be 0 to 1000, got ", refits);
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
   const int64_t rows = weight.size(0), columns = weight.size(1);
   const int64_t groups = columns / group_size + (columns % group_size != 0);
@@ -390,8 +392,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, do
   const Tensor offset = at::empty({symmetric ? 0 : rows, groups}, source.options().dtype(at::kHalf));
   const Tensor errors = at::zeros({rows, 2}, source.options().dtype(at::kDouble));
   const Tensor levels = codebook ? codebook_operand(*codebook, bits) : Tensor();
+  TORCH_CHECK(!importance || (importance->scalar_type() == at::kFloat && importance->sizes() == at::IntArrayRef({columns})),
+              "importance must be float32 [K]");
+  const Tensor weights = importance ? importance->contiguous() : Tensor();
   const GridSearch search{static_cast<int>(bits), group_size, symmetric, static_cast<float>(global_scale), lowest_shrink,
-                          highest_shrink, static_cast<int>(candidates), codebook ? levels.const_data_ptr<uint8_t>() : nullptr};
+                          highest_shrink, static_cast<int>(candidates), static_cast<int>(refits),
+                          codebook ? levels.const_data_ptr<uint8_t>() : nullptr,
+                          importance ? weights.const_data_ptr<float>() : nullptr};
   quantize(source.const_data_ptr(), dtype, rows, columns, search,
            {codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<at::Half>(), offset.mutable_data_ptr<at::Half>(),
             errors.mutable_data_ptr<double>()});

@@ -1,0 +1,76 @@
+"""Quantizers by name: frozen records, ours and those that :func:`register_quantizer` adds.
+
+A name stands for one quantizer for as long as the process lives, so what a name means depends on no order of imports.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from kbit_inductor.errors import InvalidOptionError
+from kbit_inductor.quantizers.clip import clip
+from kbit_inductor.quantizers.format import Format
+from kbit_inductor.quantizers.grid import Quantized
+from kbit_inductor.quantizers.hqq import hqq
+from kbit_inductor.quantizers.rtn import rtn
+from kbit_inductor.quantizers.statistics import Statistics
+
+Quantize = Callable[[Tensor, Format, "Statistics | None"], Quantized]
+"""``(weight [N, K] of float32, bfloat16 or float16 and finite, format, statistics of its inputs or None) -> Quantized``.
+
+It must be a function of its arguments alone: the same codes in every process and for every number of threads.
+"""
+
+NEEDS = ("nothing", "squares", "hessian")
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A method that chooses codes.
+
+    Attributes:
+        name: the value of the option ``quantizer``.
+        quantize: what computes them.
+        needs: the most that it makes use of among :class:`Statistics`: ``"nothing"``, ``"squares"`` (``mean_square``) or
+            ``"hessian"``. Calibration collects no more than that. It must also do without.
+    """
+
+    name: str
+    quantize: Quantize
+    needs: str = "nothing"
+
+
+BUILT_IN = (
+    Quantizer("clip", clip),
+    Quantizer("hqq", hqq),
+    Quantizer("rtn", rtn),
+)
+_by_name = {quantizer.name: quantizer for quantizer in BUILT_IN}
+_lock = threading.Lock()
+QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(_by_name)
+"""All quantizers of this process by name."""
+
+
+def register_quantizer(name: str, quantize: Quantize, needs: str = "nothing") -> Quantizer:
+    """Let ``name`` be a value of the option ``quantizer``, computed by ``quantize`` (see :data:`Quantize`).
+
+    Args:
+        name: as the option will say it.
+        quantize: ``(weight, format, statistics) -> Quantized``.
+        needs: what it makes use of: ``"nothing"``, ``"squares"`` or ``"hessian"``.
+
+    Raises:
+        InvalidOptionError: another quantizer has the name (the same one may come again), or ``needs`` is none of the three.
+    """
+    if needs not in NEEDS:
+        raise InvalidOptionError(f"quantizer {name!r} needs {needs!r}; give one of {', '.join(NEEDS)}")
+    quantizer = Quantizer(name, quantize, needs)
+    with _lock:
+        if _by_name.setdefault(name, quantizer) != quantizer:
+            raise InvalidOptionError(f"there is another quantizer of the name {name!r}; register this one by another name")
+    return quantizer
