@@ -28,7 +28,7 @@ class UnsupportedDtypeError(KbitError, TypeError):
 
 
 class UnsupportedShapeError(KbitError, ValueError):
-    """A weight that is not a matrix."""
+    """A weight that is neither a matrix nor a batch of matrices."""
 
 
 class ReleasedWeightError(KbitError, RuntimeError):

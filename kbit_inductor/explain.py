@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,10 +32,10 @@ class LayerReport:
 
     Attributes:
         name: of the layer.
-        shape: ``(N, K)`` of the matrix, or the parameter's shape where it is not matched.
+        shape: ``(N, K)`` of the matrix, ``(E, N, K)`` of a batch, or the parameter's shape where it is not matched.
         matched: whether a packed form takes its place.
         reasons: why not, or why its floats are needed besides.
-        uses: how it is used, ``"linear"`` or ``"embedding"``, once for each node.
+        uses: how it is used, ``"linear"``, ``"embedding"``, ``"batched_linear"`` or ``"grouped_linear"``, once for each node.
         config: bits, group size and so on; None when not matched.
         bytes_before: of the float matrix.
         bytes_after: of the packed one, scales included; as before when not matched.
@@ -193,14 +194,15 @@ def _reports(
 def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
     packed = STORE.find(weight, slot) or pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name, slot.form.layout)
     first = uses[0][0]
+    shape = (*(() if first.batch is None else (first.batch,)), first.rows, first.columns)
     return LayerReport(
         name=slot.name,
-        shape=(first.rows, first.columns),
+        shape=shape,
         matched=True,
         reasons=tuple(context.reasons.get(slot.name, ())),
         uses=tuple(use.family for use, _ in uses),
         config=slot.form.config,
-        bytes_before=first.rows * first.columns * weight.element_size(),
+        bytes_before=math.prod(shape) * weight.element_size(),
         bytes_after=packed.nbytes,
         error=packed.error,
         kernels=tuple(choice.kernel.name for _, choice in uses),

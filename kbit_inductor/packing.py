@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,16 +24,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight ``[N, K]`` of k-bit codes.
+    """A weight ``[N, K]``, or a batch of them ``[E, N, K]``, of k-bit codes.
 
     Attributes:
         operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale,
             codebook``, without ``offset`` when the grid is symmetric and without ``codebook`` when every code is its own level; in
-            the layout ``"tiled"`` of the CPU kernels, one uint8 tensor.
+            the layout ``"tiled"`` of the CPU kernels, one uint8 tensor. Those of a batch are the operands of its matrices, stacked.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
         layout: ``"planes"`` or ``"tiled"``.
+        batch: E, or None for one matrix.
     """
 
     operands: Operands
@@ -40,6 +42,7 @@ class PackedWeight:
     columns: int
     error: float
     layout: str = "planes"
+    batch: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +50,11 @@ class PackedWeight:
         return sum(operand.nbytes for operand in self.operands)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The float weight ``[N, K]`` that the codes stand for."""
+        """The float weight, ``[N, K]`` or ``[E, N, K]``, that the codes stand for."""
         with no_modes():
+            if self.batch is not None:
+                matrices = zip(*self.operands, strict=True)
+                return torch.stack([dataclasses.replace(self, operands=each, batch=None).dequantize(dtype) for each in matrices])
             if self.layout == "tiled":
                 codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
                 planes, offset = pack_codes(codes, self.config.bits), None if self.config.symmetric else zero
@@ -61,17 +67,19 @@ class PackedWeight:
 
 @torch.no_grad()
 def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str = "planes") -> PackedWeight:
-    """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` and any strides.
+    """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` or ``[E, N, K]`` and any strides.
 
     Raises:
         UnsupportedDtypeError: any other dtype.
-        UnsupportedShapeError: any other number of dimensions.
+        UnsupportedShapeError: any other number of dimensions, or a batch of no matrices.
         NonFiniteWeightError: the weight holds NaN or an infinity.
     """
     if weight.dtype not in WEIGHT_DTYPES:
         raise UnsupportedDtypeError(f"layer {layer!r} has a weight of {weight.dtype}; give float32, bfloat16 or float16")
-    if weight.dim() != 2:
-        raise UnsupportedShapeError(f"layer {layer!r} has a weight of shape {tuple(weight.shape)}; give a matrix [N, K]")
+    if weight.dim() not in (2, 3) or (weight.dim() == 3 and weight.size(0) == 0):
+        raise UnsupportedShapeError(
+            f"layer {layer!r} has a weight of shape {tuple(weight.shape)}; give a matrix [N, K], or [E, N, K] with E of 1 or more"
+        )
     with no_modes():
         if not _is_finite(weight):
             bad = int(weight.numel() - torch.isfinite(weight).sum())
@@ -79,18 +87,32 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
                 f"layer {layer!r} has a weight with {bad} values that are NaN or infinite; mend the checkpoint, or leave "
                 f"the layer in float with skip=[{layer!r}]"
             )
-        columns = weight.size(1)
-        group_size = config.group_columns(columns)
-        levels = config.levels()
-        quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), None)
-        grid = (quantized.scale, quantized.offset, quantized.global_scale)
-        codebook = Levels(config.bits, levels).table(weight.device)
-        operands: Operands
-        if layout == "tiled":
-            operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook),)
-        else:
-            operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
-        return PackedWeight(operands, config, columns, quantized.error, layout)
+        return _pack_matrix(weight, config, layout) if weight.dim() == 2 else _pack_batch(weight, config, layout)
+
+
+def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeight:
+    columns = weight.size(1)
+    group_size = config.group_columns(columns)
+    levels = config.levels()
+    quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), None)
+    grid = (quantized.scale, quantized.offset, quantized.global_scale)
+    codebook = Levels(config.bits, levels).table(weight.device)
+    operands: Operands
+    if layout == "tiled":
+        operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook),)
+    else:
+        operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
+    return PackedWeight(operands, config, columns, quantized.error, layout)
+
+
+def _pack_batch(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeight:
+    """One matrix after the other: each has a ``global_scale`` of its own, so small values lose nothing by large neighbours."""
+    packed = [_pack_matrix(matrix, config, layout) for matrix in weight]
+    stack = torch.ops.kbit.stack_cpu if layout == "tiled" else torch.stack
+    operands = tuple(stack(list(each)) for each in zip(*(one.operands for one in packed), strict=True))
+    norms = [float(matrix.float().square().sum(dtype=torch.float64)) for matrix in weight]
+    lost = sum(one.error * norm for one, norm in zip(packed, norms, strict=True))
+    return PackedWeight(operands, config, weight.size(2), lost / sum(norms) if lost else 0.0, layout, batch=len(packed))
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -106,12 +128,16 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
     return planes, scale, offset[0] if offset else None, global_scale, codebook
 
 
-def operand_specs(rows: int, columns: int, config: LayerConfig, layout: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def operand_specs(
+    rows: int, columns: int, config: LayerConfig, layout: str, batch: int | None = None
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each operand that :func:`pack` will give, known before any value is."""
     group_size = config.group_columns(columns)
+    stacked = () if batch is None else (batch,)
     if layout == "tiled":
-        return [((tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, bool(config.levels())),), torch.uint8)]
-    grid = ((rows, group_count(columns, group_size)), torch.float16)
-    planes = ((config.bits, rows, packed_width(columns)), torch.uint8)
-    codebook = [((2**config.bits,), torch.uint8)] if config.levels() else []
-    return [planes, grid, *([] if config.symmetric else [grid]), ((1,), torch.float32), *codebook]
+        nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, bool(config.levels()))
+        return [((*stacked, nbytes), torch.uint8)]
+    grid = ((*stacked, rows, group_count(columns, group_size)), torch.float16)
+    planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)
+    codebook = [((*stacked, 2**config.bits), torch.uint8)] if config.levels() else []
+    return [planes, grid, *([] if config.symmetric else [grid]), ((*stacked, 1), torch.float32), *codebook]

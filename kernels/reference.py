@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,12 +48,30 @@ def linear(
 
     Sums are float32 (float64 for float64 ``x``) and rounded once, at the end.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = sum_dtype(x)
     weight = dequantize(planes, scale, offset, global_scale, x.size(-1), group_size, compute, codebook)
     out = x.to(compute) @ weight.t()
     if bias is not None:
         out = out + bias.to(compute)
     return out.to(x.dtype)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products with ``x`` are summed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def linear_by_row(x: Tensor, chosen: Tensor, count: int, rows: int, matrix: Callable[[int], Tensor]) -> Tensor:
+    """``x[t] @ matrix(chosen[t]).T`` for ``x`` ``[T, K]`` and int64 ``chosen`` ``[T]``; zeros where no choice is below ``count``.
+
+    ``matrix`` gives ``[rows, K]`` in :func:`sum_dtype`; the result ``[T, rows]`` has the dtype of ``x``.
+    """
+    out = x.new_zeros((x.size(0), rows))
+    for i in chosen.unique().tolist():
+        if i < count:
+            mine = chosen == i
+            out[mine] = (x[mine].to(sum_dtype(x)) @ matrix(i).t()).to(x.dtype)
+    return out
 
 
 def embedding(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kbit_inductor.kernels.cpu import build
+from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import ops
 
@@ -25,10 +26,10 @@ class Problem:
     """One product or look-up to be computed.
 
     Attributes:
-        family: ``"linear"`` or ``"embedding"``.
+        family: ``"linear"`` or ``"embedding"``; ``"batched_linear"`` or ``"grouped_linear"`` for a batch of matrices.
         device: type of the device, ``"cpu"`` or ``"cuda"``.
         dtype: of the activations, or of the looked-up rows.
-        rows: N, output features or entries of the table.
+        rows: N, output features or entries of the table; of one matrix of a batch.
         columns: K, input features or width of an entry.
         bits: bits per code.
         group_size: columns per scale.
@@ -56,7 +57,7 @@ class Kernel:
 
     Attributes:
         name: shown to the user.
-        suffix: of its operators, ``kbit::linear{suffix}`` and ``kbit::embedding{suffix}``.
+        suffix: of its operators, ``kbit::{family}{suffix}`` for each family.
         supports: None when it can compute a problem, else the reason why not.
         cost: bytes it moves for one row of activations, the measure by which kernels are compared.
         layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py) or ``"tiled"`` (kernels/cpu/tiled.h).
@@ -129,6 +130,8 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"runs on a GPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    if problem.family not in ("linear", "embedding"):
+        return "takes one matrix, not a batch of them"
     if not problem.uniform:
         return "takes uniform codes, not a codebook"
     return _triton_problem()

@@ -203,7 +203,6 @@ def _checkpointed(x, w):
         (torch.randn(K, K), lambda x, w: x @ w.softmax(0).t(), "computed in the forward pass"),
         (torch.randn(K, K), lambda x, w: x.double() @ w.double(), "float64"),
         (torch.randn(K, K), _updated, "writes to it"),
-        (torch.randn(3, K, K), torch.bmm, "batch of 3 different weights"),
         (torch.randn(K, K), lambda x, w: x + w[:5], "no matrix product"),
         (torch.randn(K, K), _checkpointed, "inside the region"),
     ],

@@ -169,8 +169,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_layer(bad):
 def test_other_dtypes_and_shapes_are_refused():
     with pytest.raises(UnsupportedDtypeError, match=r"float64.*float32"):
         pack(torch.zeros(4, 4, dtype=torch.float64), LayerConfig())
-    with pytest.raises(UnsupportedShapeError, match="matrix"):
-        pack(torch.zeros(4, 4, 4), LayerConfig())
+    for shape in ((4,), (4, 4, 4, 4), (0, 4, 4)):
+        with pytest.raises(UnsupportedShapeError, match="matrix"):
+            pack(torch.zeros(shape), LayerConfig())
 
 
 def nearest_to_zero(weight, form, statistics):

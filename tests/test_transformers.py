@@ -28,12 +28,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "vit.embeddings.cls_token": "used by cat",
         "vit.embeddings.position_embeddings": "used by add",
     },
-    # One 3-D parameter holds the matrices of all experts, and one operator multiplies by them.
-    "Mixtral": {
-        f"model.layers.{layer}.mlp.experts.{name}": "used by grouped_mm"
-        for layer in range(2)
-        for name in ("gate_up_proj", "down_proj")
-    },
     "Mamba": {
         f"backbone.layers.{layer}.mixer.{name}": reason
         for layer in range(2)

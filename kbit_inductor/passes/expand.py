@@ -15,10 +15,11 @@ from torch import Tensor, fx
 
 from kbit_inductor._compat import HigherOrderOperator, storage_id, trace
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, tensors_of
-from kbit_inductor.passes.products import EMBEDDINGS, LINEARS, PRODUCTS
+from kbit_inductor.passes.products import EMBEDDINGS, LINEARS, rule_of
 from kbit_inductor.views import Strides
 
 aten = torch.ops.aten
+SELECTIONS = (aten.index.Tensor, aten.index_select.default)
 COPIES = (aten._to_copy.default, aten.clone.default)
 VIEWS = (
     aten.alias.default, aten.as_strided.default, aten.detach.default, aten.expand.default, aten.permute.default,
@@ -32,7 +33,7 @@ def expand_weight_calls(context: Context) -> None:
     for node in list(context.graph.nodes):
         if node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
             continue
-        weights = [located[0] for operand in node.all_input_nodes if (located := context.locate(operand)) is not None]
+        weights = [weight for operand in node.all_input_nodes if (weight := context.weight_of(operand)) is not None]
         if not weights or context.is_view(node) or context.is_inside_transform(node):
             continue
         if isinstance(node.target, HigherOrderOperator):
@@ -52,13 +53,29 @@ def _outputs(node: fx.Node) -> list[Tensor] | None:
 def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None:
     traced = _trace_call(node)
     calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
-    if any(inner.target in PRODUCTS for inner in calls):
+    if any(rule_of(inner) is not None for inner in calls):
         _inline(context, node, traced)
+    elif (picked := _picked(node, traced, calls)) is not None:
+        context.select(node, *picked)
     elif calls and all(inner.target in (*COPIES, *VIEWS) for inner in calls) and isinstance(node.meta[VALUE], Tensor):
         _remember_copy(context, node)
     else:
         for weight in weights:
             context.explain(weight, f"used by {_name(node.target)}, which is no matrix product")
+
+
+def _picked(node: fx.Node, traced: fx.GraphModule, calls: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """The batch of matrices and the index, operands of ``node``, if all it does is to pick matrices: ``W[index]``."""
+    if len(calls) != 1 or calls[0].target not in SELECTIONS or not isinstance(node.meta[VALUE], Tensor):
+        return None
+    batch, *rest = calls[0].args
+    index = rest[0] if calls[0].target is aten.index.Tensor else [rest[1]] if rest[0] == 0 else []
+    outer = dict(zip(traced.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    if not isinstance(index, (list, tuple)) or len(index) != 1 or batch not in outer or index[0] not in outer:
+        return None
+    if outer[index[0]].meta[VALUE].dtype not in (torch.int32, torch.int64):
+        return None
+    return outer[batch], outer[index[0]]
 
 
 def _trace_call(node: fx.Node) -> fx.GraphModule:
@@ -103,13 +120,17 @@ def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:
 
 def _remember_copy(context: Context, node: fx.Node) -> None:
     """Know the result of a cast or clone of a weight as that weight's values in memory of their own."""
-    located = context.locate(node.all_input_nodes[0])
-    value = node.meta[VALUE]
-    if located is None or not value.is_floating_point() or value.dtype == torch.float64:
-        if located is not None:
-            context.explain(located[0], f"used as {value.dtype}")
+    source = node.all_input_nodes[0]
+    weight, located, value = context.weight_of(source), context.locate(source), node.meta[VALUE]
+    if weight is None:
         return
-    weight, view, memory, window = located
+    if not value.is_floating_point() or value.dtype == torch.float64:
+        context.explain(weight, f"used as {value.dtype}")
+        return
+    if located is None:
+        context.copy_selection(node, source)
+        return
+    _, view, memory, window = located
     if tuple(value.shape) != window.size or value.device != weight.value.device:
         return
     context.memories[storage_id(value)] = Memory(weight, view.then(memory, window), Strides.of(value), value)

@@ -81,7 +81,7 @@ def _add_inputs(context: Context, use: Use, packed_form: Form, lowered: Lowered)
     """New placeholders, after all others, for the operands of a packed weight."""
     lowered.slots.append(Slot(use.weight.argument, use.weight.name, packed_form))
     nodes = []
-    specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout)
+    specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout, use.batch)
     for position, (shape, dtype) in enumerate(specs):
         with context.fake_mode():
             value = torch.empty(shape, dtype=dtype, device=use.weight.value.device)
@@ -100,6 +100,9 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
         if use.family == "linear":
             x, _, bias, _ = use.node.args
             arguments = _linear_arguments(use, choice, _cast(context, x, dtype), operands, bias)
+        elif use.batch is not None:
+            x, _, where, _ = use.node.args
+            arguments = _batch_arguments(use, choice, _cast(context, x, dtype), operands, where)
         else:
             arguments = _embedding_arguments(use, choice, operands, dtype)
         created = context.graph.call_function(choice.overload(use.family), arguments)
@@ -109,13 +112,23 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
     use.node = created
 
 
+def _activation_bits(use: Use) -> Any:
+    bits = _config(use).activation_bits
+    return AUTO_ACTIVATION_BITS if bits == "auto" else bits
+
+
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
-    layer = _config(use)
     if choice.kernel.layout == "tiled":
-        activation_bits = AUTO_ACTIVATION_BITS if layer.activation_bits == "auto" else layer.activation_bits
-        return x, operands[0], bias, use.rows, activation_bits
-    *packed, codebook = plane_operands(operands, layer)
-    return x, *packed, bias, layer.group_columns(use.columns), codebook
+        return x, operands[0], bias, use.rows, _activation_bits(use)
+    *packed, codebook = plane_operands(operands, _config(use))
+    return x, *packed, bias, _config(use).group_columns(use.columns), codebook
+
+
+def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:
+    if choice.kernel.layout == "tiled":
+        return x, operands[0], where, use.rows, _activation_bits(use)
+    *packed, codebook = plane_operands(operands, _config(use))
+    return x, *packed, where, _config(use).group_columns(use.columns), codebook
 
 
 def _embedding_arguments(use: Use, choice: Choice, operands: list[fx.Node], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -6,13 +6,16 @@ replacement of each operator stand side by side. :mod:`kbit_inductor.passes.lowe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from kbit_inductor._compat import OpOverload
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Use
 from kbit_inductor.views import Strides, WeightView, first_matrix, transposed
 
@@ -43,6 +46,16 @@ def packed_embedding(indices: Tensor, weight: Tensor, dtype: torch.dtype) -> Ten
     raise NotImplementedError
 
 
+def packed_batched_linear(x: Tensor, weight: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Marks ``x[i] @ view of weight[index[i]].T`` for each entry of ``x`` ``[B, M, K]``; it is lowered and never called."""
+    raise NotImplementedError
+
+
+def packed_grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Marks ``grouped_mm(x, view of weight.mT, offsets)``; it is lowered and never called."""
+    raise NotImplementedError
+
+
 class Rewriter:
     """Builds the nodes that replace one matched node, just before it."""
 
@@ -64,6 +77,15 @@ class Rewriter:
         self.context.uses.append(Use("linear", weight, view.then(memory, window), rows, columns, marked))
         return marked
 
+    def batched(self, mark: Callable[..., Any], x: Any, batch: Batch, where: Any) -> fx.Node:
+        """``x`` times the matrices ``[E, N, K]`` of ``batch``, as ``mark`` has it: which of them, ``where`` says."""
+        count, rows, columns = batch.window.size
+        marked = self.call(mark, x, batch.weight.node, where, self.node.meta[VALUE].dtype)
+        family = mark.__name__.removeprefix("packed_")
+        view = batch.view.then(batch.memory, batch.window)
+        self.context.uses.append(Use(family, batch.weight, view, rows, columns, marked, count))
+        return marked
+
     def sum(self, product: fx.Node, alpha: Any, other: Any, beta: Any) -> fx.Node:
         """``alpha * product + beta * other``, without the factors that are 1."""
         scaled = product if alpha == 1 else self.call(aten.mul.Scalar, product, alpha)
@@ -72,10 +94,40 @@ class Rewriter:
         return self.call(aten.add.Tensor, scaled, other if beta == 1 else self.call(aten.mul.Scalar, other, beta))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Matrices of a weight: ``window`` says where they lie in ``memory``, a layout of the part of it that ``view`` shows.
+
+    ``index`` is the node of the positions of those that are picked, or None for all in order.
+    """
+
+    weight: GraphWeight
+    view: WeightView
+    memory: Strides
+    window: Strides
+    index: fx.Node | None
+
+    @classmethod
+    def of(cls, context: Context, node: Any) -> Batch | None:
+        """The batch that ``node`` is, if it is a view of a weight or of a selection with three dimensions."""
+        if (picked := context.selected(node)) is not None:
+            selection, window = picked
+            return cls(selection.weight, selection.view, selection.layout, window, selection.index)
+        located = context.locate(node)
+        if located is None or len(located[3].size) != 3 or not located[3].size[0]:
+            return None
+        return cls(*located, None)
+
+    @property
+    def transposed(self) -> Batch:
+        """The same with each matrix transposed."""
+        return dataclasses.replace(self, window=transposed(self.window))
+
+
 def match_products(context: Context) -> None:
     """Mark every product and look-up whose weight is a parameter, or say why not."""
     for node in list(context.graph.nodes):
-        rule = PRODUCTS.get(node.target) or (_embedding if node.target in EMBEDDINGS else None)
+        rule = rule_of(node)
         if node.op != "call_function" or rule is None or not _weights_of(context, node) or context.is_inside_transform(node):
             continue
         with context.graph.inserting_before(node):
@@ -111,7 +163,7 @@ def _is_parameter(node: fx.Node) -> bool:
 
 
 def _weights_of(context: Context, node: fx.Node) -> list[fx.Node]:
-    return [operand for operand in node.all_input_nodes if context.locate(operand) is not None]
+    return [operand for operand in node.all_input_nodes if context.weight_of(operand) is not None]
 
 
 def _located(context: Context, node: fx.Node) -> tuple[GraphWeight, WeightView, Strides, Strides]:
@@ -153,19 +205,33 @@ def _addmm(rewriter: Rewriter, other: Any, a: Any, b: Any, *, beta: Any = 1, alp
 
 def _bmm(rewriter: Rewriter, a: Any, b: Any) -> fx.Node | None:
     for operand, is_left in ((b, False), (a, True)):
-        window = _window(rewriter, operand, 3)
-        if window is None:
+        batch = Batch.of(rewriter.context, operand)
+        if batch is None:
             continue
-        if window.size[0] != 1:
-            weight = _located(rewriter.context, operand)[0]
-            rewriter.context.explain(weight, f"a batch of {window.size[0]} different weights, which has no kernel yet")
-            continue
-        matrix = first_matrix(window)
         if not is_left:
-            return rewriter.linear(a, operand, transposed(matrix))
-        product = rewriter.linear(rewriter.call(aten.transpose.int, b, 1, 2), operand, matrix)
+            return _batched(rewriter, a, operand, batch.transposed)
+        product = _batched(rewriter, rewriter.call(aten.transpose.int, b, 1, 2), operand, batch)
         return rewriter.call(aten.transpose.int, product, 1, 2)
     return None
+
+
+def _batched(rewriter: Rewriter, x: Any, operand: fx.Node, batch: Batch) -> fx.Node:
+    if batch.index is None and batch.window.size[0] == 1:
+        return rewriter.linear(x, operand, first_matrix(batch.window))
+    return rewriter.batched(packed_batched_linear, x, batch, batch.index)
+
+
+def _grouped_mm(
+    rewriter: Rewriter, a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: torch.dtype | None = None
+) -> fx.Node | None:
+    batch = Batch.of(rewriter.context, b)
+    if batch is None or batch.index is not None or offs is None or bias is not None or a.meta[VALUE].dim() != 2:
+        return None
+    return rewriter.batched(packed_grouped_linear, a, batch.transposed, offs)
+
+
+def _transformers_grouped_mm(rewriter: Rewriter, input: Any, weight: Any, offs: Any) -> fx.Node | None:
+    return _grouped_mm(rewriter, input, weight, offs)
 
 
 def _baddbmm(rewriter: Rewriter, other: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> fx.Node | None:
@@ -215,4 +281,14 @@ PRODUCTS: dict[Any, Rule] = {
     aten.baddbmm.default: _baddbmm,
     aten.mv.default: _mv,
     aten.addmv.default: _addmv,
+    aten._grouped_mm.default: _grouped_mm,
 }
+# Of other libraries, by name: what transformers calls for its experts where grouped_mm does not take their dtype.
+FOREIGN: dict[str, Rule] = {"transformers::grouped_mm_fallback": _transformers_grouped_mm}
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule for the operator that ``node`` calls, or None when it is no product or look-up."""
+    if isinstance(node.target, OpOverload) and (foreign := FOREIGN.get(node.target.name())) is not None:
+        return foreign
+    return PRODUCTS.get(node.target) or (_embedding if node.target in EMBEDDINGS else None)

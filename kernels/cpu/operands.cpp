@@ -36,8 +36,11 @@ TiledWeight tiled_weight(const Tensor& packed) {
   TORCH_CHECK(packed.device().is_cpu() && packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous(),
               "a packed weight must be a contiguous uint8 vector on the CPU, got ", packed.sizes(), " ",
               packed.scalar_type(), " on ", packed.device());
-  TORCH_CHECK(packed.numel() >= kHeaderBytes + kTailBytes, "a packed weight of ", packed.numel(), " bytes has no header");
-  const auto* bytes = packed.const_data_ptr<uint8_t>();
+  return tiled_weight(packed.const_data_ptr<uint8_t>(), packed.numel());
+}
+
+TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes) {
+  TORCH_CHECK(nbytes >= kHeaderBytes + kTailBytes, "a packed weight of ", nbytes, " bytes has no header");
   TiledHeader header;
   std::memcpy(&header, bytes, sizeof header);
   TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
@@ -48,8 +51,8 @@ TiledWeight tiled_weight(const Tensor& packed) {
   TiledWeight weight;
   static_cast<TiledLayout&>(weight) =
       TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size, header.codebook);
-  TORCH_CHECK(packed.numel() == weight.nbytes(), "a packed weight of ", weight.rows, " x ", weight.columns, " takes ",
-              weight.nbytes(), " bytes, got ", packed.numel());
+  TORCH_CHECK(nbytes == weight.nbytes(), "a packed weight of ", weight.rows, " x ", weight.columns, " takes ",
+              weight.nbytes(), " bytes, got ", nbytes);
   if (weight.codebook) weight.levels = bytes + kHeaderBytes;
   weight.data = bytes + kHeaderBytes + weight.codebook_bytes();
   weight.global_scale = header.global_scale;

@@ -26,6 +26,8 @@ at::Tensor codebook_operand(const at::Tensor& codebook, int64_t bits);
 
 // The packed weight in `packed`, which has to outlive it.
 TiledWeight tiled_weight(const at::Tensor& packed);
+// The same, of `nbytes` at `bytes`.
+TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes);
 
 // What 16 bits mean depends on what the activations hold: float32 takes three digits, the others two.
 int grid_bits(int64_t activation_bits, Dtype dtype);
