@@ -13,7 +13,7 @@ from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width, tiled_nbytes
+from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes
 from kbit_inductor.quantizers import QUANTIZERS, Levels
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,11 +28,11 @@ class PackedWeight:
     Attributes:
         operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale,
             codebook``, without ``offset`` when the grid is symmetric and without ``codebook`` when every code is its own level; in
-            the layout ``"tiled"`` of the CPU kernels, one uint8 tensor.
+            the layouts ``"tiled"`` and ``"vectors"`` of the CPU kernels, one uint8 tensor.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
-        layout: ``"planes"`` or ``"tiled"``.
+        layout: ``"planes"``, ``"tiled"`` or ``"vectors"``.
     """
 
     operands: Operands
@@ -49,7 +49,7 @@ class PackedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight ``[N, K]`` that the codes stand for."""
         with no_modes():
-            if self.layout == "tiled":
+            if self.layout in TILED_LAYOUTS:
                 codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
                 planes, offset = pack_codes(codes, self.config.bits), None if self.config.symmetric else zero
                 codebook = levels if levels.numel() else None
@@ -86,8 +86,9 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
         grid = (quantized.scale, quantized.offset, quantized.global_scale)
         codebook = Levels(config.bits, levels).table(weight.device)
         operands: Operands
-        if layout == "tiled":
-            operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook),)
+        if layout in TILED_LAYOUTS:
+            vectors = layout == "vectors"
+            operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook, vectors),)
         else:
             operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
         return PackedWeight(operands, config, columns, quantized.error, layout)
@@ -109,8 +110,10 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
 def operand_specs(rows: int, columns: int, config: LayerConfig, layout: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each operand that :func:`pack` will give, known before any value is."""
     group_size = config.group_columns(columns)
-    if layout == "tiled":
-        return [((tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, bool(config.levels())),), torch.uint8)]
+    if layout in TILED_LAYOUTS:
+        has_codebook, vectors = bool(config.levels()), layout == "vectors"
+        nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, has_codebook, vectors)
+        return [((nbytes,), torch.uint8)]
     grid = ((rows, group_count(columns, group_size)), torch.float16)
     planes = ((config.bits, rows, packed_width(columns)), torch.uint8)
     codebook = [((2**config.bits,), torch.uint8)] if config.levels() else []

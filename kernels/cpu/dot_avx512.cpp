@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "bit_vectors.h"
 #include "dot_avx512.h"
 
 namespace kbit {
@@ -64,7 +65,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Isa kAvx512{"avx512", dot<Avx512>, Avx512::unpack};
+const Isa kAvx512{"avx512", dot<Avx512>, bit_dot_avx2, Avx512::unpack};
 
 }  // namespace kbit
 
