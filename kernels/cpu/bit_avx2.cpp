@@ -34,9 +34,10 @@ struct Avx2 {
 
   // The most significant bits come first on the side of the weight and last on that of the activations; Horner's rule on both.
   template <int Rows, bool Xor, int Words>
-  static void count_half(const BitSegment& segment, const BitActivations& x, int half, Totals* totals) {
-    __m256i sums[Rows];
-    for (int b = 0; b < Rows; ++b) sums[b] = _mm256_setzero_si256();
+  static void accumulate_half(const BitSegment& segment, const BitActivations& x, int half, float* sums) {
+    __m256i totals[Rows];
+#pragma GCC unroll 4
+    for (int b = 0; b < Rows; ++b) totals[b] = _mm256_setzero_si256();
     for (int plane = 0; plane < segment.bits; ++plane) {
       __m256i w[Words];
 #pragma GCC unroll 4
@@ -53,20 +54,30 @@ struct Avx2 {
             pairs = _mm256_add_epi16(_mm256_add_epi16(pairs, pairs), count_words<Xor, Words>(w, x, b, i));
           }
         }
-        sums[b] = _mm256_add_epi32(_mm256_add_epi32(sums[b], sums[b]), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        totals[b] = _mm256_add_epi32(_mm256_add_epi32(totals[b], totals[b]), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
       }
     }
-    for (int b = 0; b < Rows; ++b) _mm256_store_si256(reinterpret_cast<__m256i*>(totals[b] + 8 * half), sums[b]);
+    const __m256 scale = _mm256_load_ps(segment.grid->scale + 8 * half), centre = _mm256_load_ps(segment.grid->centre + 8 * half);
+#pragma GCC unroll 4
+    for (int b = 0; b < Rows; ++b) {
+      const __m256i base = _mm256_set1_epi32(x.base[b]);
+      const __m256i total = Xor ? _mm256_sub_epi32(base, totals[b]) : _mm256_add_epi32(base, totals[b]);
+      float* out = sums + b * kTileRows + 8 * half;
+      __m256 sum = _mm256_loadu_ps(out);
+      sum = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(x.scale[b])), _mm256_cvtepi32_ps(total), sum);
+      if (x.sum) sum = _mm256_fmadd_ps(centre, _mm256_set1_ps(x.sum[b]), sum);
+      _mm256_storeu_ps(out, sum);
+    }
   }
 
   template <int Rows, bool Xor>
-  static void count(const BitSegment& segment, const BitActivations& x, Totals* totals) {
+  static void accumulate(const BitSegment& segment, const BitActivations& x, float* sums) {
     for (int half = 0; half < 2; ++half) {
       switch (segment.count) {
-        case 1: count_half<Rows, Xor, 1>(segment, x, half, totals); break;
-        case 2: count_half<Rows, Xor, 2>(segment, x, half, totals); break;
-        case 3: count_half<Rows, Xor, 3>(segment, x, half, totals); break;
-        default: count_half<Rows, Xor, 4>(segment, x, half, totals); break;
+        case 1: accumulate_half<Rows, Xor, 1>(segment, x, half, sums); break;
+        case 2: accumulate_half<Rows, Xor, 2>(segment, x, half, sums); break;
+        case 3: accumulate_half<Rows, Xor, 3>(segment, x, half, sums); break;
+        default: accumulate_half<Rows, Xor, 4>(segment, x, half, sums); break;
       }
     }
   }

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "bit_dot.h"
+#include "dot_avx512.h"
 
 namespace kbit {
 namespace {
@@ -25,10 +26,10 @@ struct Avx512 {
 
   // The most significant bits come first on the side of the weight and last on that of the activations; Horner's rule on both.
   template <int Rows, bool Xor, int Words>
-  static void count_segment(const BitSegment& segment, const BitActivations& x, Totals* totals) {
-    __m512i sums[Rows];
+  static void accumulate_words(const BitSegment& segment, const BitActivations& x, float* sums) {
+    __m512i totals[Rows];
 #pragma GCC unroll 4
-    for (int b = 0; b < Rows; ++b) sums[b] = _mm512_setzero_si512();
+    for (int b = 0; b < Rows; ++b) totals[b] = _mm512_setzero_si512();
     for (int plane = 0; plane < segment.bits; ++plane) {
       __m512i w[Words];
 #pragma GCC unroll 4
@@ -44,20 +45,24 @@ struct Avx512 {
             total = _mm512_add_epi32(_mm512_add_epi32(total, total), count_words<Xor, Words>(w, x, b, i));
           }
         }
-        sums[b] = _mm512_add_epi32(_mm512_add_epi32(sums[b], sums[b]), total);
+        totals[b] = _mm512_add_epi32(_mm512_add_epi32(totals[b], totals[b]), total);
       }
     }
 #pragma GCC unroll 4
-    for (int b = 0; b < Rows; ++b) _mm512_store_si512(totals[b], sums[b]);
+    for (int b = 0; b < Rows; ++b) {
+      const __m512i base = _mm512_set1_epi32(x.base[b]);
+      totals[b] = Xor ? _mm512_sub_epi32(base, totals[b]) : _mm512_add_epi32(base, totals[b]);
+    }
+    add_totals(totals, *segment.grid, x, sums);
   }
 
   template <int Rows, bool Xor>
-  static void count(const BitSegment& segment, const BitActivations& x, Totals* totals) {
+  static void accumulate(const BitSegment& segment, const BitActivations& x, float* sums) {
     switch (segment.count) {
-      case 1: return count_segment<Rows, Xor, 1>(segment, x, totals);
-      case 2: return count_segment<Rows, Xor, 2>(segment, x, totals);
-      case 3: return count_segment<Rows, Xor, 3>(segment, x, totals);
-      default: return count_segment<Rows, Xor, 4>(segment, x, totals);
+      case 1: return accumulate_words<Rows, Xor, 1>(segment, x, sums);
+      case 2: return accumulate_words<Rows, Xor, 2>(segment, x, sums);
+      case 3: return accumulate_words<Rows, Xor, 3>(segment, x, sums);
+      default: return accumulate_words<Rows, Xor, 4>(segment, x, sums);
     }
   }
 };

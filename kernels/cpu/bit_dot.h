@@ -7,13 +7,14 @@
 namespace kbit {
 namespace {
 
-inline constexpr int kSegmentWords = kSegmentQuads * kQuad / kWordColumns;
+inline constexpr int64_t kSegmentColumns = kSegmentQuads * kQuad;
 inline constexpr int kBitRows = 4;  // of x at a time: what is counted stays in registers
 
 struct BitSegment {
   const uint8_t* words;  // [count][bits][16] uint32
   int64_t count;
   int bits;
+  const Grid* grid;
 };
 
 // Some rows of a block of x in one segment.
@@ -21,75 +22,67 @@ struct BitActivations {
   const uint32_t* vectors;  // of the first row and word
   int64_t stride;           // from word to word
   int count;                // for each row and word
+  const float* scale;
+  const int32_t* base;  // what the counts are added to, or at one vector taken from, for sum (code - m) q
+  const float* sum;     // null but in the first segment of a group
 
   uint32_t at(int64_t word, int row, int index) const { return vectors[word * stride + row * count + index]; }
 };
 
-using Totals = int32_t[kTileRows];
-
-// `Machine` has count<Rows, Xor>(segment, activations, totals): totals[row of x][16] = sum of 2 ** p popcount(w_p ^ x) when Xor, else
-// sum of s_i 2 ** (p + i) popcount(w_p & x_i).
+// `Machine` has accumulate<Rows, Xor>(segment, activations, sums): sums[row of x][16] += scale * a * (base + counts) + centre * sum.
 template <class Machine, int Rows = kBitRows>
-inline void count_rows(int rows, const BitSegment& segment, const BitActivations& x, Totals* totals) {
+inline void count_rows(int rows, const BitSegment& segment, const BitActivations& x, float* sums) {
   if constexpr (Rows > 0) {
-    if (rows < Rows) return count_rows<Machine, Rows - 1>(rows, segment, x, totals);
-    if (x.count == 1) return Machine::template count<Rows, true>(segment, x, totals);
-    Machine::template count<Rows, false>(segment, x, totals);
+    if (rows < Rows) return count_rows<Machine, Rows - 1>(rows, segment, x, sums);
+    if (x.count == 1) return Machine::template accumulate<Rows, true>(segment, x, sums);
+    Machine::template accumulate<Rows, false>(segment, x, sums);
   }
 }
 
-// What is known of a segment but for the counts.
-struct BitTerms {
-  const Grid* grid;
-  int64_t columns;
-  int bits;
+// With m = 2 ** (bits - 1), as in dot.h. All vectors of the codes have popcount(x) = (columns + sum q) / 2 at one of the activations.
+inline int32_t base_of(const TiledWeight& weight, int64_t columns, bool is_xor, int32_t negative_sum) {
+  const int32_t centred = negative_sum * (1 << (weight.bits - 1));
+  return is_xor ? centred + ((1 << weight.bits) - 1) * ((static_cast<int32_t>(columns) - negative_sum) / 2) : centred;
+}
 
-  void add(const Totals& totals, bool is_xor, float scale, int32_t negative_sum, const float* sum, float* sums) const {
-    int32_t base = negative_sum * (1 << (bits - 1));
-    if (is_xor) base += ((1 << bits) - 1) * ((static_cast<int32_t>(columns) - negative_sum) / 2);  // popcount(x) = (K + sum q) / 2
-    const int32_t sign = is_xor ? -1 : 1;
-    for (int row = 0; row < kTileRows; ++row) {
-      sums[row] += grid->scale[row] * scale * static_cast<float>(base + sign * totals[row]);
-    }
-    if (!sum) return;
-    for (int row = 0; row < kTileRows; ++row) sums[row] += grid->centre[row] * *sum;
+// sums of one block of x and one segment, of `columns` columns, which begins at `word`; `sum` as in BitActivations.
+template <class Machine>
+void bit_block(const TiledWeight& weight, const BitSegment& segment, int64_t columns, int64_t word, const ActivationBlock& x,
+               const float* scale, const int32_t* negative_sum, const float* sum, float* sums) {
+  const int64_t stride = static_cast<int64_t>(x.rows) * x.plane_count;
+  const uint32_t* vectors = x.planes + word * stride;
+  for (int first = 0; first < x.rows; first += kBitRows) {
+    const int rows = x.rows - first < kBitRows ? x.rows - first : kBitRows;
+    int32_t base[kBitRows];
+    for (int r = 0; r < rows; ++r) base[r] = base_of(weight, columns, x.plane_count == 1, negative_sum[first + r]);
+    const BitActivations part{vectors + first * x.plane_count, stride, x.plane_count,
+                              scale + first, base, sum ? sum + first : nullptr};
+    count_rows<Machine>(rows, segment, part, sums + first * kTileRows);
   }
-};
+}
 
 template <class Machine>
 void bit_dot(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count, float* sums) {
-  alignas(64) Totals totals[kBitRows];
   int64_t rows = 0;
   for (int64_t b = 0; b < count; ++b) rows += blocks[b].rows;
   std::memset(sums, 0, rows * kTileRows * sizeof(float));
   const uint8_t* block = weight.block(row_block);
-  int64_t segment_index = 0, word = 0;
+  int64_t index = 0, word = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
     const Grid grid(weight, block, group);
-    const int64_t words = weight.words_of(group);
-    const int64_t first = group * weight.group_size, left = weight.columns - first;
-    const int64_t columns = left < weight.group_size ? left : weight.group_size;
-    for (int64_t begin = 0; begin < words; begin += kSegmentWords, ++segment_index) {
-      const int64_t length = words - begin < kSegmentWords ? words - begin : kSegmentWords;
-      const BitSegment segment{block + weight.grid_bytes + word_offset(word, weight.bits, 0, 0), length, weight.bits};
-      const int64_t rest = columns - begin * kWordColumns, full = kSegmentWords * kWordColumns;
-      const BitTerms terms{&grid, rest < full ? rest : full, weight.bits};
+    const int64_t end = (group + 1) * weight.group_size < weight.columns ? (group + 1) * weight.group_size : weight.columns;
+    for (int64_t begin = group * weight.group_size; begin < end; begin += kSegmentColumns, ++index) {
+      const int64_t columns = end - begin < kSegmentColumns ? end - begin : kSegmentColumns;
+      const BitSegment segment{block + weight.grid_bytes + word_offset(word, weight.bits, 0, 0), ceil_div(columns, kWordColumns),
+                               weight.bits, &grid};
       float* out = sums;
       for (int64_t b = 0; b < count; ++b) {
         const ActivationBlock& x = blocks[b];
-        const int64_t stride = static_cast<int64_t>(x.rows) * x.plane_count;
-        for (int r = 0; r < x.rows; r += kBitRows) {
-          const int some = x.rows - r < kBitRows ? x.rows - r : kBitRows;
-          const BitActivations part{x.planes + word * stride + r * x.plane_count, stride, x.plane_count};
-          count_rows<Machine>(some, segment, part, totals);
-          for (int i = 0; i < some; ++i, out += kTileRows) {
-            const int64_t place = segment_index * x.rows + r + i;
-            terms.add(totals[i], x.plane_count == 1, x.scale[place], x.negative_sum[place],
-                      begin ? nullptr : x.sum + group * x.rows + r + i, out);
-          }
-        }
+        const float* sum = begin == group * weight.group_size ? x.sum + group * x.rows : nullptr;
+        bit_block<Machine>(weight, segment, columns, word, x, x.scale + index * x.rows, x.negative_sum + index * x.rows, sum, out);
+        out += x.rows * kTileRows;
       }
-      word += length;
+      word += segment.count;
     }
   }
 }

@@ -15,8 +15,8 @@ struct Portable {
   }
 
   template <int Rows, bool Xor>
-  static void count(const BitSegment& segment, const BitActivations& x, Totals* totals) {
-    std::memset(totals, 0, Rows * sizeof *totals);
+  static void accumulate(const BitSegment& segment, const BitActivations& x, float* sums) {
+    int32_t totals[Rows][kTileRows] = {};
     for (int64_t word = 0; word < segment.count; ++word) {
       for (int plane = 0; plane < segment.bits; ++plane) {
         uint32_t w[kTileRows];
@@ -31,6 +31,13 @@ struct Portable {
             }
           }
         }
+      }
+    }
+    for (int b = 0; b < Rows; ++b) {
+      for (int row = 0; row < kTileRows; ++row) {
+        const int32_t total = x.base[b] + (Xor ? -totals[b][row] : totals[b][row]);
+        sums[b * kTileRows + row] += segment.grid->scale[row] * (x.scale[b] * static_cast<float>(total));
+        if (x.sum) sums[b * kTileRows + row] += segment.grid->centre[row] * x.sum[b];
       }
     }
   }

@@ -133,7 +133,7 @@ struct Avx512Vnni {
         multiply(totals[b], w, q + b * kQuad);
       }
     }
-    add_segment(totals, segment, x, sums);
+    add_totals(totals, *segment.grid, x, sums);
   }
 };
 

@@ -84,10 +84,6 @@ struct TiledLayout {
     const int64_t left = quads - group * group_quads;
     return left < group_quads ? left : group_quads;
   }
-  int64_t words_of(int64_t group) const {
-    const int64_t left = words - group * group_words;
-    return left < group_words ? left : group_words;
-  }
 };
 
 // A packed weight as the kernels see it.
