@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.packing import PackedWeight
 from kbit_inductor.store import PackedWeights, Slot
 
@@ -27,7 +28,7 @@ class Binding:
         self.store = store
         self.slots = slots
         self.arguments = tuple(dict.fromkeys(slot.argument for slot in slots))
-        self.fingerprint = torch.ops.kbit.fingerprint.default if all(s.form.layout == "tiled" for s in slots) else None
+        self.fingerprint = torch.ops.kbit.fingerprint.default if all(s.form.layout in TILED_LAYOUTS for s in slots) else None
         self.known: dict[int, Known] = {}
 
     def operands(self, arguments: Sequence[Any]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width, tiled_nbytes
+from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes
 from kbit_inductor.quantizers import QUANTIZERS, Levels
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,11 +29,12 @@ class PackedWeight:
     Attributes:
         operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale,
             codebook``, without ``offset`` when the grid is symmetric and without ``codebook`` when every code is its own level; in
-            the layout ``"tiled"`` of the CPU kernels, one uint8 tensor. Those of a batch are the operands of its matrices, stacked.
+            the layouts ``"tiled"`` and ``"vectors"`` of the CPU kernels, one uint8 tensor. Those of a batch are the operands of
+            its matrices, stacked.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
-        layout: ``"planes"`` or ``"tiled"``.
+        layout: ``"planes"``, ``"tiled"`` or ``"vectors"``.
         batch: E, or None for one matrix.
     """
 
@@ -55,7 +56,7 @@ class PackedWeight:
             if self.batch is not None:
                 matrices = zip(*self.operands, strict=True)
                 return torch.stack([dataclasses.replace(self, operands=each, batch=None).dequantize(dtype) for each in matrices])
-            if self.layout == "tiled":
+            if self.layout in TILED_LAYOUTS:
                 codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
                 planes, offset = pack_codes(codes, self.config.bits), None if self.config.symmetric else zero
                 codebook = levels if levels.numel() else None
@@ -98,8 +99,9 @@ def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeig
     grid = (quantized.scale, quantized.offset, quantized.global_scale)
     codebook = Levels(config.bits, levels).table(weight.device)
     operands: Operands
-    if layout == "tiled":
-        operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook),)
+    if layout in TILED_LAYOUTS:
+        vectors = layout == "vectors"
+        operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook, vectors),)
     else:
         operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
     return PackedWeight(operands, config, columns, quantized.error, layout)
@@ -134,8 +136,9 @@ def operand_specs(
     """Shape and dtype of each operand that :func:`pack` will give, known before any value is."""
     group_size = config.group_columns(columns)
     stacked = () if batch is None else (batch,)
-    if layout == "tiled":
-        nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, bool(config.levels()))
+    if layout in TILED_LAYOUTS:
+        has_codebook, vectors = bool(config.levels()), layout == "vectors"
+        nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, has_codebook, vectors)
         return [((*stacked, nbytes), torch.uint8)]
     grid = ((*stacked, rows, group_count(columns, group_size)), torch.float16)
     planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)

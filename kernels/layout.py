@@ -24,6 +24,10 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
+TILED_LAYOUTS = ("tiled", "vectors")
+"""Layouts of the CPU kernels (``cpu/tiled.h``), one uint8 tensor each: codes in quads, and codes as bit vectors."""
+WORD_COLUMNS = 32
+"""Columns in a word of a bit vector, at which every group begins one."""
 
 
 def midpoint(bits: int) -> float:
@@ -76,10 +80,16 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
     return codes[:, :columns]
 
 
-def tiled_nbytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, codebook: bool = False) -> int:
-    """Bytes of a weight in the layout of the CPU kernels (``cpu/tiled.h``): 16 rows to a block, 4 columns to a quad."""
+def tiled_nbytes(
+    rows: int, columns: int, bits: int, group_size: int, symmetric: bool, codebook: bool = False, vectors: bool = False
+) -> int:
+    """Bytes of a weight in the layout of the CPU kernels (``cpu/tiled.h``): 16 rows to a block, 4 columns to a quad, or with
+    ``vectors`` 32 columns of a bit to a word."""
     groups = group_count(columns, group_size)
-    quads = (groups - 1) * -(-group_size // 4) + -(-(columns - (groups - 1) * group_size) // 4) if groups else 0
+    unit = WORD_COLUMNS if vectors else 4
+    units = (groups - 1) * -(-group_size // unit) + -(-(columns - (groups - 1) * group_size) // unit) if groups else 0
     grid = groups * 16 * 2 * (1 if symmetric else 2)
+    if vectors:
+        grid = -(-grid // 64) * 64
     levels = max(64, 2**bits) if codebook else 0
-    return 64 + levels + -(-rows // 16) * (-(-(grid + quads * 8 * bits) // 64) * 64) + 64
+    return 64 + levels + -(-rows // 16) * (-(-(grid + units * unit * 2 * bits) // 64) * 64) + 64

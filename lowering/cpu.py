@@ -41,8 +41,8 @@ TOOLS = {
         "-> (Tensor codes, Tensor scale, Tensor offset, Tensor errors)"
     ),
     "tile_cpu": (
-        "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size, Tensor? codebook=None) "
-        "-> Tensor"
+        "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size, Tensor? codebook=None, "
+        "bool vectors=False) -> Tensor"
     ),
     "untile_cpu": "(Tensor weight) -> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale, Tensor codebook)",
     "dequantize_cpu": "(Tensor weight, int begin, int end) -> Tensor",

@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from kbit_inductor.kernels.cpu import build
+from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import ops
 
+MAX_BIT_VECTORS = 4
+BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avx2": 3, "portable": 3}
+"""Bits of a code times bits of an activation up to which counting them is faster than multiplying 8-bit numbers."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MATRIX_FAMILIES = ("linear", "embedding")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Problem:
         bits: bits per code.
         group_size: columns per scale.
         uniform: whether every code is its own level, so that there is no codebook.
+        activation_bits: what kernels of the CPU round activations to, 1 to 8, or 16: not rounded.
     """
 
     family: str
@@ -44,6 +50,7 @@ class Problem:
     bits: int
     group_size: int
     uniform: bool = True
+    activation_bits: int = 16
 
     @property
     def packed_bytes(self) -> float:
@@ -59,8 +66,10 @@ class Kernel:
         name: shown to the user.
         suffix: of its operators, ``kbit::{family}{suffix}`` for each family.
         supports: None when it can compute a problem, else the reason why not.
-        cost: bytes it moves for one row of activations, the measure by which kernels are compared.
-        layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py) or ``"tiled"`` (kernels/cpu/tiled.h).
+        cost: its time for one row of activations, in bytes that could be read meanwhile: the measure by which kernels are
+            compared. Of equals, the first in :data:`KERNELS` is chosen.
+        layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py), ``"tiled"`` or ``"vectors"``
+            (kernels/cpu/tiled.h).
     """
 
     name: str
@@ -93,7 +102,7 @@ def choose(problem: Problem, kernels: Sequence[Kernel] | None = None) -> Choice:
         else:
             rejected.append((kernel.name, reason))
     best = min(able, key=lambda kernel: kernel.cost(problem))
-    slower = [(kernel.name, "moves more bytes") for kernel in able if kernel is not best]
+    slower = [(kernel.name, "is estimated to be slower") for kernel in able if kernel is not best]
     return Choice(best, (*rejected, *slower))
 
 
@@ -125,12 +134,29 @@ def _cpu_supports(problem: Problem) -> str | None:
     return _cpu_library_problem()
 
 
+def _bits_supports(problem: Problem) -> str | None:
+    if (reason := _cpu_supports(problem)) is not None:
+        return reason
+    if problem.family not in MATRIX_FAMILIES:
+        return "takes one matrix, not a batch of them"
+    if problem.activation_bits > MAX_BIT_VECTORS:
+        return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
+    return None if problem.uniform else "takes uniform codes, not a codebook"
+
+
+def _bits_cost(problem: Problem) -> float:
+    """Every bit of a code meets every bit of an activation: up to some number of pairs that hides behind reading."""
+    groups, pairs = group_count(problem.columns, problem.group_size), problem.bits * problem.activation_bits
+    padded = groups * -(-problem.group_size // WORD_COLUMNS) * WORD_COLUMNS
+    return problem.packed_bytes * max(padded / max(problem.columns, 1), pairs / BIT_PAIRS[torch.ops.kbit.isa_cpu()])
+
+
 def _triton_supports(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"runs on a GPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
-    if problem.family not in ("linear", "embedding"):
+    if problem.family not in MATRIX_FAMILIES:
         return "takes one matrix, not a batch of them"
     if not problem.uniform:
         return "takes uniform codes, not a codebook"
@@ -143,6 +169,7 @@ def _reference_bytes(problem: Problem) -> float:
 
 
 KERNELS = (
+    Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors"),
     Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled"),
     Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes),
     Kernel("reference", "", lambda problem: None, _reference_bytes),

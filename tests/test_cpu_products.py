@@ -92,8 +92,9 @@ def assert_accurate(y, exact, magnitude, terms):
     assert ((y.double() - exact).abs() <= summed + rounded).all()
 
 
-def assert_linear_accurate(x, weight, bias=None, activation_bits=16):
-    y = torch.ops.kbit.linear_cpu(x, weight.tiled, bias, weight.rows, activation_bits)
+def assert_linear_accurate(x, weight, bias=None, activation_bits=16, packed=None):
+    """``packed``: the weight in another layout than in tiles of quads."""
+    y = torch.ops.kbit.linear_cpu(x, weight.tiled if packed is None else packed, bias, weight.rows, activation_bits)
     rows = x.reshape(math.prod(x.shape[:-1]), weight.columns)
     rounded = reference.round_activations(rows, weight.group_size, activation_bits)
     exact, magnitude = rounded @ weight.dense().t(), rounded.abs() @ weight.magnitude().t()

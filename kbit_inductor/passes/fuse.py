@@ -18,6 +18,7 @@ from torch import fx
 from torch.nn import functional
 
 from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.passes.lower import Lowered
 from kbit_inductor.passes.patterns import (
     ADD,
@@ -65,7 +66,7 @@ class Call:
 def fuse(context: Context, lowered: Lowered) -> Counter[str]:
     """Fuse all that can be fused, and return how often each kind of fusion was done."""
     done: Counter[str] = Counter()
-    if torch.is_grad_enabled() or not any(choice.kernel.name == "cpu" for _, choice in lowered.choices):
+    if torch.is_grad_enabled() or not any(choice.kernel.layout in TILED_LAYOUTS for _, choice in lowered.choices):
         return done
     fusion = _Fusion(context, lowered, done)
     fusion.begin()

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from kbit_inductor._compat import mark_static_input
 from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.config import LayerConfig
+from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering.registry import Choice, Problem, choose
 from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.store import Form, Slot, form
@@ -70,11 +71,17 @@ def _choose(context: Context, use: Use) -> Choice:
             bits=layer.bits,
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
+            activation_bits=_activation_bits(layer),
         )
     )
-    if choice.kernel.layout != "tiled" and layer.activation_bits not in ("auto", 16):
+    if choice.kernel.layout not in TILED_LAYOUTS and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
+
+
+def _activation_bits(layer: LayerConfig) -> int:
+    """What kernels of the CPU round activations to."""
+    return AUTO_ACTIVATION_BITS if isinstance(layer.activation_bits, str) else layer.activation_bits
 
 
 def _add_inputs(context: Context, use: Use, packed_form: Form, lowered: Lowered) -> list[fx.Node]:
@@ -112,28 +119,25 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
     use.node = created
 
 
-def _activation_bits(use: Use) -> Any:
-    bits = _config(use).activation_bits
-    return AUTO_ACTIVATION_BITS if bits == "auto" else bits
-
-
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
-    if choice.kernel.layout == "tiled":
-        return x, operands[0], bias, use.rows, _activation_bits(use)
-    *packed, codebook = plane_operands(operands, _config(use))
-    return x, *packed, bias, _config(use).group_columns(use.columns), codebook
+    layer = _config(use)
+    if choice.kernel.layout in TILED_LAYOUTS:
+        return x, operands[0], bias, use.rows, _activation_bits(layer)
+    *packed, codebook = plane_operands(operands, layer)
+    return x, *packed, bias, layer.group_columns(use.columns), codebook
 
 
 def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:
-    if choice.kernel.layout == "tiled":
-        return x, operands[0], where, use.rows, _activation_bits(use)
-    *packed, codebook = plane_operands(operands, _config(use))
-    return x, *packed, where, _config(use).group_columns(use.columns), codebook
+    layer = _config(use)
+    if choice.kernel.layout in TILED_LAYOUTS:
+        return x, operands[0], where, use.rows, _activation_bits(layer)
+    *packed, codebook = plane_operands(operands, layer)
+    return x, *packed, where, layer.group_columns(use.columns), codebook
 
 
 def _embedding_arguments(use: Use, choice: Choice, operands: list[fx.Node], dtype: torch.dtype) -> tuple[Any, ...]:
     indices = use.node.args[0]
-    if choice.kernel.layout == "tiled":
+    if choice.kernel.layout in TILED_LAYOUTS:
         return indices, operands[0], use.columns, dtype
     *packed, codebook = plane_operands(operands, _config(use))
     return indices, *packed, use.columns, _config(use).group_columns(use.columns), dtype, codebook

@@ -8,6 +8,8 @@
 
 #include <ATen/Parallel.h>
 
+#include "bit_vectors.h"
+
 namespace kbit {
 namespace {
 
@@ -89,7 +91,27 @@ struct Slot {
   int32_t* negative_sum;
   float* sum;
   int rows;  // of the block
+  uint32_t* planes = nullptr;  // of the segment's first word and this row's first digit
+  int plane_count = 0;
 };
+
+// The codes of a digit, with zeros behind them to the end of the word, as bit vectors `stride` words apart.
+void cut_planes(const int8_t* digit, int64_t words, bool plus_minus, int count, int64_t stride, uint32_t* planes) {
+  for (int64_t word = 0; word < words; ++word, planes += stride) {
+    std::fill_n(planes, count, 0u);
+    for (int part = 0; part < 4; ++part) {
+      uint64_t eight = 0;  // code j in byte j on either byte order
+      for (int j = 0; j < 8; ++j) {
+        const int code = digit[word * kWordColumns + part * 8 + j];
+        eight |= static_cast<uint64_t>(static_cast<uint8_t>(plus_minus ? code > 0 : code)) << (8 * j);
+      }
+      for (int i = 0; i < count; ++i) {
+        const uint64_t ones = (eight >> i) & 0x0101010101010101;
+        planes[i] |= static_cast<uint32_t>((ones * 0x0102040810204080) >> 56) << (8 * part);
+      }
+    }
+  }
+}
 
 void quantize_segment(const float* values, int count, int bits, int digits, const Slot& slot) {
   alignas(64) int32_t codes[kMaxSegment];
@@ -107,13 +129,17 @@ void quantize_segment(const float* values, int count, int bits, int digits, cons
     } else {
       lowest_digit(codes, count, digit);
     }
-    std::memset(digit + count, 0, quads * kQuad - count);
+    std::memset(digit + count, 0, kMaxSegment - count);
     int32_t total = 0;
     for (int i = 0; i < count; ++i) total += digit[i];
     if (slot.rows == 1) {
       std::memcpy(slot.codes, digit, quads * kQuad);
     } else {
       for (int quad = 0; quad < quads; ++quad) std::memcpy(slot.codes + (quad * slot.rows + d) * kQuad, digit + quad * kQuad, kQuad);
+    }
+    if (slot.planes) {
+      const int64_t stride = static_cast<int64_t>(slot.rows) * slot.plane_count;
+      cut_planes(digit, ceil_div(count, kWordColumns), bits == 1, slot.plane_count, stride, slot.planes + d * slot.plane_count);
     }
     slot.scale[d] = step;
     slot.negative_sum[d] = -total;
@@ -135,19 +161,22 @@ void Activations::row(const ActivationSource& source, int64_t columns, int64_t i
   });
 }
 
-Activations::Activations(const ActivationSource& source, const TiledLayout& layout, int bits)
+Activations::Activations(const ActivationSource& source, const TiledLayout& layout, int bits, bool vectors)
     : bits_(bits), digits_(digits_of(bits)), rows_(source.rows), rows_per_block_(kActivationRows / digits_) {
   const int64_t total = rows_ * digits_, segments = segments_of(layout), count = ceil_div(rows_, rows_per_block_);
   codes_ = std::make_unique_for_overwrite<int8_t[]>(total * layout.quads * kQuad);
   scale_ = std::make_unique_for_overwrite<float[]>(total * segments);
   negative_sum_ = std::make_unique_for_overwrite<int32_t[]>(total * segments);
   sum_ = std::make_unique<float[]>(total * layout.groups);
+  const int planes = vectors ? vectors_of(bits) : 0;
+  if (vectors) planes_ = std::make_unique_for_overwrite<uint32_t[]>(total * layout.words * planes);
   blocks_.resize(count);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t first = b * rows_per_block_ * digits_;
     blocks_[b] = {static_cast<int>(std::min(rows_per_block_ * digits_, total - first)),
                   codes_.get() + first * layout.quads * kQuad, scale_.get() + first * segments,
-                  negative_sum_.get() + first * segments, sum_.get() + first * layout.groups};
+                  negative_sum_.get() + first * segments, sum_.get() + first * layout.groups,
+                  planes_ ? planes_.get() + first * layout.words * planes : nullptr, planes};
   }
   std::mutex mutex;
   at::parallel_for(0, count, kGrain / (rows_per_block_ * layout.columns + 1) + 1, [&](int64_t begin, int64_t end) {
@@ -170,7 +199,7 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
       bad.push_back(index);
       std::fill_n(values.get(), layout.columns, 0.0f);
     }
-    int64_t quad = 0, segment = 0;
+    int64_t quad = 0, word = 0, segment = 0;
     for (int64_t group = 0; group < layout.groups; ++group) {
       const int64_t end = std::min((group + 1) * layout.group_size, layout.columns);
       for (int64_t c = group * layout.group_size; c < end; c += kMaxSegment, ++segment) {
@@ -178,9 +207,12 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
         const Slot slot{const_cast<int8_t*>(out.codes) + (quad * out.rows + r * digits_) * kQuad,
                         const_cast<float*>(out.scale) + segment * out.rows + r * digits_,
                         const_cast<int32_t*>(out.negative_sum) + segment * out.rows + r * digits_,
-                        const_cast<float*>(out.sum) + group * out.rows + r * digits_, out.rows};
+                        const_cast<float*>(out.sum) + group * out.rows + r * digits_, out.rows,
+                        out.planes ? const_cast<uint32_t*>(out.planes) + (word * out.rows + r * digits_) * out.plane_count : nullptr,
+                        out.plane_count};
         quantize_segment(values.get() + c, count, bits_, digits_, slot);
         quad += ceil_div(count, kQuad);
+        word += ceil_div(count, kWordColumns);
       }
     }
   }

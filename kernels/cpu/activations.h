@@ -28,7 +28,8 @@ struct ActivationSource {
 class Activations {
  public:
   // `layout` gives columns, group_size and what follows from them. `bits`: 1..8, or 16 and 24.
-  Activations(const ActivationSource& source, const TiledLayout& layout, int bits);
+  // With `vectors` the codes are given as bit vectors too.
+  Activations(const ActivationSource& source, const TiledLayout& layout, int bits, bool vectors = false);
 
   int digits() const { return digits_; }  // rows of the blocks that stand for one row of x
   int64_t rows() const { return rows_; }
@@ -49,6 +50,7 @@ class Activations {
   std::unique_ptr<int8_t[]> codes_;
   std::unique_ptr<float[]> scale_, sum_;
   std::unique_ptr<int32_t[]> negative_sum_;
+  std::unique_ptr<uint32_t[]> planes_;
   std::vector<ActivationBlock> blocks_;
   std::vector<int64_t> not_finite_;
   std::unique_ptr<uint8_t[]> table_;

@@ -38,6 +38,8 @@ _UNIT_FLAGS = {
 _ISA_FLAGS = {
     "dot_avx2.cpp": ["-march=x86-64-v3"],
     "dot_avx512.cpp": ["-march=x86-64-v4"],
+    "bit_avx2.cpp": ["-march=x86-64-v3"],
+    "bit_avx512.cpp": ["-march=x86-64-v4", "-mavx512vpopcntdq"],
     "dot_avx512vnni.cpp": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mgfni"],
 }
 

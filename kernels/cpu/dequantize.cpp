@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "bit_vectors.h"
 #include "isa.h"
 #include "tiled_linear.h"
 
@@ -11,6 +12,20 @@ namespace kbit {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // values worth handing to another thread
+
+// Levels of `count` columns of a row, a segment at most, from `words` on, which then stand behind them.
+void read_levels(const TiledWeight& weight, int64_t lane, int64_t count, const uint8_t*& words, uint8_t* levels) {
+  if (weight.vectors) {
+    read_codes(words, count, weight.bits, lane, levels);
+    words += word_offset(ceil_div(count, kWordColumns), weight.bits, 0, 0);
+    return;
+  }
+  alignas(64) uint8_t quads[kSegmentQuads * kCodesPerQuad];
+  const int64_t length = ceil_div(count, kQuad);
+  isa().unpack(words, weight.bits, weight.levels, length, quads);
+  words += length * 8 * weight.bits;
+  for (int64_t i = 0; i < count; ++i) levels[i] = quads[i / kQuad * kCodesPerQuad + lane * kQuad + i % kQuad];
+}
 
 c10::Half half_at(const uint8_t* bytes) {
   c10::Half value;
@@ -26,19 +41,16 @@ void dequantize_row(const TiledWeight& weight, int64_t row, float* out) {
   const uint8_t* words = block + weight.grid_bytes;
   const int64_t lane = row % kTileRows;
   const float midpoint = weight.level_bits == 1 ? 0.5f : static_cast<float>(1 << (weight.level_bits - 1));
-  alignas(64) uint8_t levels[kSegmentQuads * kCodesPerQuad];
+  uint8_t levels[kSegmentQuads * kQuad];
   for (int64_t group = 0; group < weight.groups; ++group) {
     const float scale = to_float(half_at(block + (group * kTileRows + lane) * 2));
     const float offset = weight.symmetric ? -midpoint * scale
                                           : to_float(half_at(block + ((weight.groups + group) * kTileRows + lane) * 2));
     const int64_t end = std::min((group + 1) * weight.group_size, weight.columns);
     for (int64_t c = group * weight.group_size; c < end;) {
-      const int64_t count = std::min<int64_t>(kSegmentQuads * kQuad, end - c), quads = ceil_div(count, kQuad);
-      isa().unpack(words, weight.bits, weight.levels, quads, levels);
-      words += quads * 8 * weight.bits;
-      for (int64_t i = 0; i < count; ++i) {
-        out[c + i] = scale * levels[i / kQuad * kCodesPerQuad + lane * kQuad + i % kQuad] + offset;
-      }
+      const int64_t count = std::min<int64_t>(kSegmentQuads * kQuad, end - c);
+      read_levels(weight, lane, count, words, levels);
+      for (int64_t i = 0; i < count; ++i) out[c + i] = scale * levels[i] + offset;
       c += count;
     }
   }

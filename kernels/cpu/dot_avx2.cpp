@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "bit_vectors.h"
 #include "dot.h"
 
 namespace kbit {
@@ -97,7 +98,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Isa kAvx2{"avx2", dot<Avx2>, Avx2::unpack};
+const Isa kAvx2{"avx2", dot<Avx2>, bit_dot_avx2, Avx2::unpack};
 
 }  // namespace kbit
 

@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "bit_vectors.h"
 #include "dot_avx512.h"
 
 namespace kbit {
@@ -58,13 +59,13 @@ struct Avx512 {
         totals[b] = _mm512_add_epi32(totals[b], _mm512_add_epi32(low, high));
       }
     }
-    add_segment(totals, segment, x, sums);
+    add_totals(totals, *segment.grid, x, sums);
   }
 };
 
 }  // namespace
 
-const Isa kAvx512{"avx512", dot<Avx512>, Avx512::unpack};
+const Isa kAvx512{"avx512", dot<Avx512>, bit_dot_avx2, Avx512::unpack};
 
 }  // namespace kbit
 

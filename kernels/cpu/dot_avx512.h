@@ -9,9 +9,9 @@ namespace kbit {
 namespace {
 
 // sums[row of x][16] += scale * a * totals + centre * sum
-template <int Rows>
-inline void add_segment(const __m512i (&totals)[Rows], const Segment& segment, const ActivationSegment& x, float* sums) {
-  const __m512 scale = _mm512_load_ps(segment.grid->scale), centre = _mm512_load_ps(segment.grid->centre);
+template <int Rows, class Activations>  // with a scale and a sum for each row
+inline void add_totals(const __m512i (&totals)[Rows], const Grid& grid, const Activations& x, float* sums) {
+  const __m512 scale = _mm512_load_ps(grid.scale), centre = _mm512_load_ps(grid.centre);
 #pragma GCC unroll 16
   for (int b = 0; b < Rows; ++b) {
     __m512 sum = _mm512_loadu_ps(sums + b * kTileRows);

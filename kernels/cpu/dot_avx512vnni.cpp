@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include "bit_vectors.h"
 #include "dot_avx512.h"
 
 namespace kbit {
@@ -132,7 +133,7 @@ struct Avx512Vnni {
         multiply(totals[b], w, q + b * kQuad);
       }
     }
-    add_segment(totals, segment, x, sums);
+    add_totals(totals, *segment.grid, x, sums);
   }
 };
 
@@ -361,7 +362,7 @@ void dot_avx512vnni(const TiledWeight& weight, int64_t row_block, const Activati
 
 }  // namespace
 
-const Isa kAvx512Vnni{"avx512vnni", dot_avx512vnni, Avx512Vnni::unpack, table_bytes, fill_table};
+const Isa kAvx512Vnni{"avx512vnni", dot_avx512vnni, bit_dot_avx512, Avx512Vnni::unpack, table_bytes, fill_table};
 
 }  // namespace kbit
 

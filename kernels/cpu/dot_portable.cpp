@@ -1,4 +1,5 @@
 // Plain C++, for any machine: the oracle of the other instruction sets.
+#include "bit_vectors.h"
 #include "dot.h"
 #include "isa.h"
 
@@ -38,6 +39,6 @@ struct Portable {
 
 }  // namespace
 
-const Isa kPortable{"portable", dot<Portable>, Portable::unpack};
+const Isa kPortable{"portable", dot<Portable>, bit_dot_portable, Portable::unpack};
 
 }  // namespace kbit

@@ -44,13 +44,17 @@ TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes) {
   TiledHeader header;
   std::memcpy(&header, bytes, sizeof header);
   TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
-  TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.codebook <= 1 &&
-                  (!header.codebook || takes_codebook(header.bits)) && header.rows >= 0 && header.rows < kMaxSize &&
-                  header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 && header.group_size < kMaxSize,
+  TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.codebook <= 1 && header.vectors <= 1 &&
+                  (!header.codebook || (takes_codebook(header.bits) && !header.vectors)) && header.rows >= 0 &&
+                  header.rows < kMaxSize && header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 && header.group_size < kMaxSize,
               "the header of the packed weight is damaged");
   TiledWeight weight;
   static_cast<TiledLayout&>(weight) =
-      TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size, header.codebook);
+      TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size, header.codebook,
+                  header.vectors);
+  // Divided, since the product of what a header may say can wrap around.
+  TORCH_CHECK(!weight.block_bytes || weight.row_blocks <= nbytes / weight.block_bytes, "a packed weight of ", weight.rows,
+              " x ", weight.columns, " takes more than ", nbytes, " bytes");
   TORCH_CHECK(nbytes == weight.nbytes(), "a packed weight of ", weight.rows, " x ", weight.columns, " takes ",
               weight.nbytes(), " bytes, got ", nbytes);
   if (weight.codebook) weight.levels = bytes + kHeaderBytes;

@@ -307,11 +307,13 @@ Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
 }
 
 Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
-                int64_t bits, int64_t group_size, const OptionalTensor& codebook) {
+                int64_t bits, int64_t group_size, const OptionalTensor& codebook, bool vectors) {
+  TORCH_CHECK(!codebook || !vectors, "bit vectors hold codes, not levels: give no codebook");
   TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1 && group_size < kMaxSize, "group_size must be at least 1, got ", group_size);
-  const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size, codebook.has_value());
+  const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size, codebook.has_value(),
+                           vectors);
   const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
   const Tensor steps = operand(scale, "scale", at::kHalf, {layout.rows, layout.groups});
   const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, {layout.rows, layout.groups}) : Tensor();
@@ -322,7 +324,7 @@ Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& 
   const int64_t begin = kHeaderBytes + layout.codebook_bytes();
   std::memset(bytes, 0, begin);
   std::memset(bytes + layout.nbytes() - kTailBytes, 0, kTailBytes);
-  const TiledHeader header{kMagic, static_cast<uint8_t>(bits), layout.symmetric, layout.codebook, 0,
+  const TiledHeader header{kMagic, static_cast<uint8_t>(bits), layout.symmetric, layout.codebook, layout.vectors,
                            *factor.const_data_ptr<float>(), 0, layout.rows, layout.columns, layout.group_size};
   std::memcpy(bytes, &header, sizeof header);
   if (codebook) std::memcpy(bytes + kHeaderBytes, levels.const_data_ptr(), levels.numel());

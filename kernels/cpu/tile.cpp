@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "bit_vectors.h"
 #include "isa.h"
 #include "tiled_linear.h"
 
@@ -19,6 +20,15 @@ void for_quads(const TiledLayout& layout, F&& f) {
   for (int64_t group = 0; group < layout.groups; ++group) {
     const int64_t end = std::min((group + 1) * layout.group_size, layout.columns);
     for (int64_t c = group * layout.group_size; c < end; c += kQuad, ++quad) f(c, std::min<int64_t>(kQuad, end - c), quad);
+  }
+}
+
+// Calls f(first column, columns, first word) for all groups, whose words are `group_words` apart.
+template <class F>
+void for_groups(const TiledLayout& layout, F&& f) {
+  for (int64_t group = 0; group < layout.groups; ++group) {
+    const int64_t first = group * layout.group_size;
+    f(first, std::min(layout.group_size, layout.columns - first), group * layout.group_words);
   }
 }
 
@@ -74,6 +84,14 @@ void tile(const TiledLayout& layout, const uint8_t* codes, const uint16_t* scale
     move_grids<false>(layout, rows, scale + first * layout.groups, block);
     if (offset) move_grids<false>(layout, rows, offset + first * layout.groups, block + layout.groups * kTileRows * 2);
     uint8_t* words = block + layout.grid_bytes;
+    if (layout.vectors) {
+      return for_groups(layout, [&](int64_t column, int64_t count, int64_t word) {
+        for (int row = 0; row < rows; ++row) {
+          const uint8_t* source = codes + (first + row) * layout.columns + column;
+          write_codes(source, count, layout.bits, row, words + word_offset(word, layout.bits, 0, 0));
+        }
+      });
+    }
     for_quads(layout, [&](int64_t column, int64_t count, int64_t quad) {
       uint8_t quad_codes[kCodesPerQuad] = {};
       for (int row = 0; row < rows; ++row) {
@@ -92,6 +110,14 @@ void untile(const TiledWeight& weight, uint8_t* codes, uint16_t* scale, uint16_t
     move_grids<true>(weight, rows, scale + first * weight.groups, block);
     if (offset) move_grids<true>(weight, rows, offset + first * weight.groups, block + weight.groups * kTileRows * 2);
     const uint8_t* words = block + weight.grid_bytes;
+    if (weight.vectors) {
+      return for_groups(weight, [&](int64_t column, int64_t count, int64_t word) {
+        for (int row = 0; row < rows; ++row) {
+          uint8_t* out = codes + (first + row) * weight.columns + column;
+          read_codes(words + word_offset(word, weight.bits, 0, 0), count, weight.bits, row, out);
+        }
+      });
+    }
     for_quads(weight, [&](int64_t column, int64_t count, int64_t quad) {
       uint8_t quad_codes[kCodesPerQuad];
       isa().unpack(words + quad * 8 * weight.bits, weight.bits, nullptr, 1, quad_codes);

@@ -11,6 +11,9 @@
 //   row block 1: ...
 //   64 bytes that loads of whole vectors may touch
 //
+// Or, where the header says `vectors`, the words are bit vectors along a row, for products that count bits (bit_vectors.h):
+//   words uint32 [words of a row][bits][16], 32 columns of one bit of the codes each, from grid_bytes on, a multiple of 64
+//
 // A code stands for its level: for itself, or for what the codebook of the weight gives it. Levels are bytes either way, so a product
 // of levels and activations is one of integers. At 1 bit two levels are a scale and an offset, and at 8 bits the 256 different bytes
 // leave no choice: codebooks are of 2 to 7 bits.
@@ -26,6 +29,7 @@ namespace kbit {
 inline constexpr int kTileRows = 16;
 inline constexpr int kQuad = 4;
 inline constexpr int64_t kCodesPerQuad = kTileRows * kQuad;
+inline constexpr int64_t kWordColumns = 32;   // of a bit vector
 inline constexpr int64_t kSegmentQuads = 32;  // 128 columns: at most so many share a scale of activations
 inline constexpr int64_t kHeaderBytes = 64;
 inline constexpr int64_t kTailBytes = 64;
@@ -38,7 +42,7 @@ struct TiledHeader {
   uint8_t bits;       // 1..8
   uint8_t symmetric;  // 0 or 1
   uint8_t codebook;   // 0 or 1
-  uint8_t reserved;
+  uint8_t vectors;    // 0 or 1
   float global_scale;
   uint32_t padding;
   int64_t rows, columns, group_size;
@@ -50,21 +54,28 @@ static inline int64_t ceil_div(int64_t value, int64_t divisor) { return value / 
 // Where things lie: follows from what the header says.
 struct TiledLayout {
   int bits = 1;
-  bool symmetric = false, codebook = false;
+  bool symmetric = false, codebook = false, vectors = false;
   int level_bits = 1;  // of a level: `bits`, or 8 with a codebook
   int64_t rows = 0, columns = 0, group_size = 1;
-  int64_t groups = 0, group_quads = 1, quads = 0, row_blocks = 0, grid_bytes = 0, block_bytes = 0;
+  int64_t groups = 0, group_quads = 1, quads = 0, group_words = 1, words = 0;
+  int64_t row_blocks = 0, grid_bytes = 0, block_bytes = 0;
 
   TiledLayout() = default;
-  TiledLayout(int bits_, bool symmetric_, int64_t rows_, int64_t columns_, int64_t group_size_, bool codebook_ = false)
-      : bits(bits_), symmetric(symmetric_), codebook(codebook_), level_bits(codebook_ ? 8 : bits_), rows(rows_),
-        columns(columns_), group_size(group_size_) {
+  TiledLayout(int bits_, bool symmetric_, int64_t rows_, int64_t columns_, int64_t group_size_, bool codebook_ = false,
+              bool vectors_ = false)
+      : bits(bits_), symmetric(symmetric_), codebook(codebook_), vectors(vectors_), level_bits(codebook_ ? 8 : bits_),
+        rows(rows_), columns(columns_), group_size(group_size_) {
     groups = ceil_div(columns, group_size);
     group_quads = ceil_div(group_size, kQuad);
-    quads = groups ? (groups - 1) * group_quads + ceil_div(columns - (groups - 1) * group_size, kQuad) : 0;
+    group_words = ceil_div(group_size, kWordColumns);
+    const int64_t last = columns - (groups - 1) * group_size;  // columns of the last group
+    quads = groups ? (groups - 1) * group_quads + ceil_div(last, kQuad) : 0;
+    words = groups ? (groups - 1) * group_words + ceil_div(last, kWordColumns) : 0;
     row_blocks = ceil_div(rows, kTileRows);
     grid_bytes = groups * kTileRows * 2 * (symmetric ? 1 : 2);
-    block_bytes = (grid_bytes + quads * 8 * bits + 63) / 64 * 64;
+    if (vectors) grid_bytes = (grid_bytes + 63) / 64 * 64;
+    const int64_t code_bytes = vectors ? words * kTileRows * 4 * bits : quads * 8 * bits;
+    block_bytes = (grid_bytes + code_bytes + 63) / 64 * 64;
   }
 
   int64_t codebook_bytes() const { return codebook ? (bits == 7 ? 128 : 64) : 0; }
@@ -93,6 +104,8 @@ struct ActivationBlock {
   const float* scale;           // [segments][rows]
   const int32_t* negative_sum;  // [segments][rows]: minus the sum of the codes
   const float* sum;             // [groups][rows]: the sum of scale * code
+  const uint32_t* planes = nullptr;  // [words][rows][plane_count], their bits, where a weight is of bit vectors
+  int plane_count = 0;
   const uint8_t* table = nullptr;  // partial sums to look up, where the instruction set has a use for them
 };
 
@@ -109,6 +122,7 @@ using FillTable = void (*)(const TiledLayout& layout, const ActivationBlock& blo
 struct Isa {
   const char* name;
   DotKernel dot;
+  DotKernel bit_dot;  // the same for weights of bit vectors
   UnpackKernel unpack;
   TableBytes table_bytes = nullptr;
   FillTable fill_table = nullptr;

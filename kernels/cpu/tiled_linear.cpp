@@ -95,6 +95,10 @@ Task task_of(const TiledProblem& problem, int64_t index) {
   }
 }
 
+bool any_vectors(const TiledProblem& problem) {
+  return std::any_of(problem.weights.begin(), problem.weights.end(), [](const TiledWeight& weight) { return weight.vectors; });
+}
+
 // A row of x that is not all finite, as a float product gives it.
 void float_row(const TiledWeight& weight, int64_t row_block, const float* x, float* sums) {
   std::vector<float> w(weight.columns);
@@ -122,9 +126,11 @@ const uint8_t* row_block_of(const TiledProblem& problem, int64_t index) {
 }
 
 TiledProduct::TiledProduct(const TiledProblem& problem)
-    : problem_(problem), x_(problem.x, problem.weights.front(), problem.activation_bits), row_blocks_(row_blocks_of(problem)) {
+    : problem_(problem),
+      x_(problem.x, problem.weights.front(), problem.activation_bits, any_vectors(problem)),
+      row_blocks_(row_blocks_of(problem)) {
   for (const TiledWeight& weight : problem.weights) {
-    if (weight.bits != 1) continue;
+    if (weight.bits != 1 || weight.vectors) continue;
     x_.fill_table(isa(), weight);  // one for all, as they share columns and groups
     break;
   }
@@ -140,7 +146,7 @@ void TiledProduct::compute(int64_t begin, int64_t end) const {
   alignas(64) float sums[kChunkRows * kTileRows];
   alignas(64) float gate[kChunkRows * kTileRows];
   const Epilogue epilogue(problem_, x_.digits());
-  const DotKernel dot = isa().dot;
+  const auto dot = [](const TiledWeight& weight, auto... rest) { (weight.vectors ? isa().bit_dot : isa().dot)(weight, rest...); };
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index / row_blocks_ * kChunkBlocks;
     const int64_t count = std::min(kChunkBlocks, static_cast<int64_t>(x_.blocks().size()) - first);
