@@ -60,8 +60,8 @@ class Selection:
         weight: which the batch is in.
         view: of all its matrices ``[E, N, K]``.
         layout: how all of them would lie in memory, were they picked in order.
-        index: the node of the positions, int32 or int64 ``[S]``.
-        value: the fake tensor of what is picked, ``[S, N, K]``.
+        index: the node of the positions, int32 or int64 of any shape but a scalar's.
+        value: the fake tensor of what is picked, ``[*shape of index, N, K]``.
     """
 
     weight: GraphWeight
@@ -128,13 +128,13 @@ class Context:
             return None
         return memory.weight, memory.view, memory.layout, Strides.of(value)
 
-    def select(self, node: fx.Node, batch: fx.Node, index: fx.Node) -> None:
-        """Know the result of ``node`` as the matrices that ``index`` ``[S]`` picks out of ``batch``, a view of a weight."""
+    def select(self, node: fx.Node, batch: fx.Node, index: fx.Node) -> bool:
+        """Know the result of ``node`` as the matrices that ``index`` picks out of ``batch``, a view of a weight, if it is that."""
         located, positions = self.locate(batch), index.meta[VALUE]
-        if located is None or len(located[3].size) != 3 or positions.dim() != 1 or positions._version > 0:
-            return
+        if located is None or len(located[3].size) != 3 or positions.dim() == 0 or positions._version > 0:
+            return False
         weight, view, memory, window = located
-        self._remember_selection(weight, view.then(memory, window), window.size, index, node.meta[VALUE])
+        return self._remember_selection(weight, view.then(memory, window), window.size, index, node.meta[VALUE])
 
     def copy_selection(self, node: fx.Node, source: fx.Node) -> None:
         """Know the result of ``node``, a cast or clone of the selection ``source``, as the same matrices."""
@@ -145,25 +145,26 @@ class Context:
 
     def _remember_selection(
         self, weight: GraphWeight, view: WeightView, size: tuple[int, ...], index: fx.Node, value: Tensor
-    ) -> None:
+    ) -> bool:
         count, rows, columns = size
-        layout = Strides(size, (rows * columns, *value.stride()[1:]))
-        if count and layout.stride[1:] in ((columns, 1), (1, rows)) and value.stride(0) == rows * columns:
-            self.selections[storage_id(value)] = Selection(weight, view, layout, index, value)
+        layout = Strides(size, (rows * columns, *value.stride()[-2:]))
+        if not count or layout.stride[1:] not in ((columns, 1), (1, rows)) or value.stride(-3) != rows * columns:
+            return False
+        self.selections[storage_id(value)] = Selection(weight, view, layout, index, value)
+        return True
 
     def selected(self, node: Any) -> tuple[Selection, Strides] | None:
         """``(selection, window)`` of a node that is a selection, or a view of one matrix after the other; else None.
 
         ``window`` says where the part of each matrix lies, in memory that holds all of them.
         """
-        value = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
-        if not isinstance(value, Tensor) or value.layout != torch.strided or is_transformed(value):
-            return None
-        selection = self.selections.get(storage_id(value))
-        if selection is None or selection.value._version > 0 or value.dim() != 3 or value.stride(0) != selection.layout.stride[0]:
+        value: Any = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
+        selection = self._selection(value)
+        if selection is None or value.dim() != 3 or value.stride(0) != selection.layout.stride[0]:
             return None
         inner = (*value.shape[1:], *value.stride()[1:], value.storage_offset())
-        if not all(isinstance(n, int) for n in inner) or str(value.shape[0]) != str(selection.value.shape[0]):
+        count = selection.index.meta[VALUE].numel()
+        if not all(isinstance(n, int) for n in inner) or str(value.shape[0]) != str(count):  # no guard on symbolic sizes
             return None
         size = (selection.layout.size[0], *value.shape[1:])
         return selection, Strides(tuple(size), (selection.layout.stride[0], *value.stride()[1:]), int(value.storage_offset()))
@@ -171,20 +172,21 @@ class Context:
     def is_view(self, node: fx.Node) -> bool:
         """Whether all that ``node`` returns, a tensor or several (``chunk``), are weights or selections, or views of them."""
         values = tensors_of(node)
-        return bool(values) and all(self.locate_value(value) is not None or self._is_selection(value) for value in values)
+        return bool(values) and all(self.locate_value(value) is not None or self._selection(value) is not None for value in values)
 
-    def _is_selection(self, value: Tensor) -> bool:
-        if value.layout != torch.strided or is_transformed(value):
-            return False
+    def _selection(self, value: Any) -> Selection | None:
+        """The selection whose memory the fake tensor ``value`` shares."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided or is_transformed(value):
+            return None
         selection = self.selections.get(storage_id(value))
-        return selection is not None and selection.value._version == 0
+        return selection if selection is not None and selection.value._version == 0 else None
 
     def weight_of(self, node: Any) -> GraphWeight | None:
         """The weight that ``node`` is, or is a view of, or is picked from; None when it is neither."""
         if (located := self.locate(node)) is not None:
             return located[0]
-        picked = self.selected(node)
-        return None if picked is None else picked[0].weight
+        selection = self._selection(node.meta.get(VALUE)) if isinstance(node, fx.Node) else None
+        return None if selection is None else selection.weight
 
     def is_inside_transform(self, node: fx.Node) -> bool:
         """Whether ``node`` computes inside ``vmap`` or another torch.func transform, and if so, note it for its weights."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import kbit_inductor as kbit
 from kbit_inductor import backend
+from kbit_inductor.release import is_released
+from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
 
 E, N, K, S = 3, 40, 48, 7
@@ -29,6 +33,10 @@ SPELLINGS = {
     "picked, bmm on the right": ((E, K, N), lambda x, w, i: torch.bmm(x.unsqueeze(1), w[i])),
     "picked, matmul": ((E, N, K), lambda x, w, i: x.unsqueeze(1) @ w[i].transpose(1, 2)),
     "picked, einsum": ((E, N, K), lambda x, w, i: torch.einsum("sk,snk->sn", x, w[i])),
+    "picked by two dimensions": (
+        (E, N, K),
+        lambda x, w, i: torch.einsum("tak,tank->tan", x[:6].view(3, 2, K), w[i[:6].view(3, 2)]),
+    ),
     "picked by index_select": ((E, N, K), lambda x, w, i: torch.bmm(x.unsqueeze(1), w.index_select(0, i % E).mT)),
     "picked from a transpose": ((E, K, N), lambda x, w, i: torch.bmm(w.mT[i], x.unsqueeze(2))),
     "part of what is picked": ((E, 2 * N, K), lambda x, w, i: torch.bmm(w[i][:, N:], x.unsqueeze(2))),
@@ -65,3 +73,94 @@ def test_every_spelling_is_matched(name, without_inductor):
     assert layer.bytes_after < layer.bytes_before / 4
     assert actual.shape == expected.shape
     assert relative_error(actual, expected) < (2.0**-7 if "cast" in name else 1e-5)
+
+
+@pytest.mark.parametrize("product", [functional.grouped_mm, torch._grouped_mm])
+def test_grouped_products_are_matched(product, without_inductor):
+    model = Product((E, N, K), lambda x, w, offsets: product(x, w.mT, offs=offsets)).bfloat16()
+    x, offsets = torch.randn(S, K, dtype=torch.bfloat16), torch.tensor([3, 3, S], dtype=torch.int32)
+    with torch.no_grad():
+        (layer,) = kbit.explain(model, x, offsets).layers
+        actual = torch.compile(model, backend="kbit", fullgraph=True)(x, offsets)
+        expected = dequantized_copy(model)(x, offsets)
+    assert layer.matched
+    assert not layer.reasons
+    assert layer.uses == ("grouped_linear",)
+    assert layer.shape == (E, N, K)
+    # The dequantized weight is rounded to bfloat16, and so are both results.
+    assert relative_error(actual, expected) < torch.finfo(torch.bfloat16).eps
+
+
+def test_experts_and_their_neighbours_share_a_packed_batch(without_inductor):
+    model = Product((E, N, K), lambda x, w, i: torch.bmm(w[i], x.unsqueeze(2)).squeeze(2) + (x[:6].view(E, 2, K) @ w.mT).sum())
+    x, index = torch.randn(S, K), torch.tensor(INDEX)
+    with torch.no_grad():
+        (layer,) = kbit.explain(model, x, index).layers
+    assert sorted(layer.uses) == ["batched_linear", "batched_linear"]
+
+
+def _changed_index(x, w, i):
+    i = i.clone()
+    picked = w[i]
+    i.zero_()
+    return torch.bmm(picked, x.unsqueeze(2))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, w, i: w[i].sum(1) * x[:, :1], "used by sum, which is no matrix product"),
+        (_changed_index, "no matrix product"),
+        (lambda x, w, i: x @ (w[0] * w[1]).mT, "no matrix product"),
+    ],
+)
+def test_what_is_not_matched_stays_in_float_and_says_why(function, reason, without_inductor):
+    model, x, index = Product((E, N, K), function), torch.randn(S, K), torch.tensor(INDEX)
+    with torch.no_grad():
+        (layer,) = kbit.explain(model, x, index).layers
+        actual = torch.compile(model, backend="kbit")(x, index)
+        torch.testing.assert_close(actual, model(x, index))
+    assert not layer.matched
+    assert any(reason in told for told in layer.reasons), layer.reasons
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_gradients_pass_through_experts(grad, without_inductor):
+    model, index = Product(*SPELLINGS["picked, bmm"]), torch.tensor(INDEX)
+    x = torch.randn(S, K, requires_grad=grad)
+    compiled = torch.compile(model, backend="kbit")
+    with torch.set_grad_enabled(grad):
+        actual = compiled(x, index)
+        assert actual.requires_grad == grad
+        if grad:
+            expected = torch.autograd.grad(dequantized_copy(model)(x, index).square().sum(), x)
+            torch.testing.assert_close(torch.autograd.grad(actual.square().sum(), x), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_experts_of_qwen2_moe_without_their_floats():
+    config = Qwen2MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=40, shared_expert_intermediate_size=48, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=64, use_cache=False,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval()
+    model.set_experts_implementation("batched_mm")  # grouped_mm, the default, is Mixtral's in test_transformers.py
+    texts = [torch.randint(0, 64, (1, length)) for length in (6, 9)]
+    floats = [model(text).logits for text in texts]
+    options = kbit.Config(bits=4, group_size=16, release_weights=True)
+    report = kbit.explain(model, texts[0], config=options)
+    names = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    layers, weights = [report.layer(name) for name in names], [model.get_parameter(name) for name in names]
+    assert [layer.shape for layer in layers] == [(4, 80, 32), (4, 32, 40)]
+    assert all(layer.uses == ("batched_linear",) and not layer.reasons for layer in layers)
+
+    compiled = torch.compile(model, backend="kbit", dynamic=True, fullgraph=True, options=options)
+    actual = [compiled(text).logits for text in texts]
+    assert all(is_released(weight) for weight in weights)
+    packed = [sum(form.nbytes for _, form in STORE.packed_forms(weight)) for weight in weights]
+    assert packed == [layer.bytes_after for layer in layers]
+    kbit.restore_(model)
+    for ours, text, before in zip(actual, texts, floats, strict=True):
+        dequantized = model(text).logits
+        assert relative_error(ours, dequantized) < 1e-5
+        assert relative_error(dequantized, before) > 1e-2  # or the line above would not tell the two apart

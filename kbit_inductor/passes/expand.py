@@ -55,8 +55,8 @@ def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None
     calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
     if any(rule_of(inner) is not None for inner in calls):
         _inline(context, node, traced)
-    elif (picked := _picked(node, traced, calls)) is not None:
-        context.select(node, *picked)
+    elif (picked := _picked(node, traced, calls)) is not None and context.select(node, *picked):
+        return
     elif calls and all(inner.target in (*COPIES, *VIEWS) for inner in calls) and isinstance(node.meta[VALUE], Tensor):
         _remember_copy(context, node)
     else:

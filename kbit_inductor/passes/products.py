@@ -218,7 +218,10 @@ def _bmm(rewriter: Rewriter, a: Any, b: Any) -> fx.Node | None:
 def _batched(rewriter: Rewriter, x: Any, operand: fx.Node, batch: Batch) -> fx.Node:
     if batch.index is None and batch.window.size[0] == 1:
         return rewriter.linear(x, operand, first_matrix(batch.window))
-    return rewriter.batched(packed_batched_linear, x, batch, batch.index)
+    index: Any = batch.index
+    if index is not None and index.meta[VALUE].dim() != 1:
+        index = rewriter.call(aten.reshape.default, index, [-1])
+    return rewriter.batched(packed_batched_linear, x, batch, index)
 
 
 def _grouped_mm(
