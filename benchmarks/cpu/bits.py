@@ -36,13 +36,13 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=4096, help="rows and columns of W (default: 4096)")
+    parser.add_argument("--width", type=int, default=2048, help="rows and columns of W (default: 2048)")
     parser.add_argument("--inputs", type=int, nargs="+", default=[1, 16, 128], help="rows of x (default: 1 16 128)")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=4, help="time for each k and number of rows of x (default: 4)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for each k and number of rows of x (default: 1.5)")
     parser.add_argument("--json", type=Path, default=RESULTS, help="file of the results")
     options = parser.parse_args(arguments)
-    results = measure(options.width, options.inputs, options.group_size, Budget(options.seconds, rounds=5))
+    results = measure(options.width, options.inputs, options.group_size, Budget(options.seconds))
     options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else run.WIDTH)
     for grid in grids(results):
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(width: int, inputs: Sequence[int], group_size: int, budget: Budget) -> Row:
-    """``rows``: one for each k, number of rows and kernel, with its median and its ratios to the int8 kernel and to reading."""
+    """``rows``: one for each k, number of rows of x and kernel, its median and ratios to the int8 kernel and to reading."""
     build.load()
-    found = ceilings.measure(Budget(2, rounds=5), width=512)
+    found = ceilings.measure(Budget(1), width=512)
     rows: list[Row] = []
     for bits in BITS:
         copies = {vectors: _copies(width, bits, group_size, vectors) for vectors in (False, True)}

@@ -46,7 +46,8 @@ TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes) {
   TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
   TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.codebook <= 1 && header.vectors <= 1 &&
                   (!header.codebook || (takes_codebook(header.bits) && !header.vectors)) && header.rows >= 0 &&
-                  header.rows < kMaxSize && header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 && header.group_size < kMaxSize,
+                  header.rows < kMaxSize && header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 &&
+                  header.group_size < kMaxSize,
               "the header of the packed weight is damaged");
   TiledWeight weight;
   static_cast<TiledLayout&>(weight) =
