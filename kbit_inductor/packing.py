@@ -14,7 +14,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width, tiled_nbytes
-from kbit_inductor.quantizers import QUANTIZERS, Levels
+from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
@@ -60,8 +60,11 @@ class PackedWeight:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str = "planes") -> PackedWeight:
-    """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` and any strides.
+def pack(
+    weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str = "planes", statistics: Statistics | None = None
+) -> PackedWeight:
+    """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` and any strides. ``statistics`` are those of
+    its inputs.
 
     Raises:
         UnsupportedDtypeError: any other dtype.
@@ -82,7 +85,7 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
         columns = weight.size(1)
         group_size = config.group_columns(columns)
         levels = config.levels()
-        quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), None)
+        quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
         grid = (quantized.scale, quantized.offset, quantized.global_scale)
         codebook = Levels(config.bits, levels).table(weight.device)
         operands: Operands
