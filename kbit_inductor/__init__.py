@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 from kbit_inductor.backend import kbit
+from kbit_inductor.calibrate import calibrate
+from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
+    EmptyCalibrationError,
     EmptyPromptError,
     InterruptedStreamError,
     InvalidOptionError,
@@ -16,6 +19,7 @@ from kbit_inductor.errors import (
     InvalidSamplingError,
     KbitError,
     ModelCallError,
+    NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
     PromptTooLongError,
@@ -36,7 +40,9 @@ from kbit_inductor.restore import restore_
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Config",
+    "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
     "Generator",
@@ -49,6 +55,7 @@ __all__ = [
     "LayerConfig",
     "LayerReport",
     "ModelCallError",
+    "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
     "PromptTooLongError",
@@ -60,6 +67,7 @@ __all__ = [
     "UnmatchedOverrideError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "calibrate",
     "explain",
     "generate",
     "kbit",

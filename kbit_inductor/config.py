@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
@@ -82,6 +83,7 @@ class Config(LayerConfig):
         min_elements: weights with fewer elements stay in float.
         release_weights: free the float weights once they are packed.
         mode: as in ``torch.compile``; it reaches Inductor.
+        calibration: statistics of the layers' inputs, from :func:`kbit_inductor.calibrate`, for the quantizers that use them.
 
     Raises:
         UnknownOptionError: (from :meth:`from_options`) a name that is no option.
@@ -93,6 +95,7 @@ class Config(LayerConfig):
     min_elements: int = 1024
     release_weights: bool = False
     mode: str = "default"
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +107,9 @@ class Config(LayerConfig):
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
             raise InvalidOptionError(f"option 'skip' is {self.skip!r}; give a list of layer names or 're:…' patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            kind = type(self.calibration).__name__
+            raise InvalidOptionError(f"option 'calibration' is a {kind}; give what kbit_inductor.calibrate(model, data) returns")
         if not isinstance(self.overrides, Mapping):
             raise InvalidOptionError(f"option 'overrides' is {self.overrides!r}; give a mapping from layer names to options")
         for pattern, options in self.overrides.items():

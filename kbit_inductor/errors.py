@@ -31,6 +31,14 @@ class UnsupportedShapeError(KbitError, ValueError):
     """A weight that is neither a matrix nor a batch of matrices."""
 
 
+class EmptyCalibrationError(KbitError, ValueError):
+    """Calibration data without a batch, or that gives no layer a row."""
+
+
+class NonFiniteActivationError(KbitError, ValueError):
+    """Calibration data on which a layer is given NaN or an infinity."""
+
+
 class ReleasedWeightError(KbitError, RuntimeError):
     """A use of float weights that ``release_weights=True`` has freed."""
 

@@ -19,7 +19,6 @@ from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
-from kbit_inductor.packing import pack
 from kbit_inductor.passes.lower import Lowered
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
@@ -192,7 +191,7 @@ def _reports(
 
 
 def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
-    packed = STORE.find(weight, slot) or pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name, slot.form.layout)
+    packed = STORE.find(weight, slot) or slot.pack(weight)
     first = uses[0][0]
     shape = (*(() if first.batch is None else (first.batch,)), first.rows, first.columns)
     return LayerReport(

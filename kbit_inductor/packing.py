@@ -15,7 +15,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes
-from kbit_inductor.quantizers import QUANTIZERS, Levels
+from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
@@ -67,8 +67,12 @@ class PackedWeight:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str = "planes") -> PackedWeight:
+def pack(
+    weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str = "planes", statistics: Statistics | None = None
+) -> PackedWeight:
     """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` or ``[E, N, K]`` and any strides.
+
+    ``statistics`` are those of the inputs of a matrix; of a batch there are none, as its matrices see different rows.
 
     Raises:
         UnsupportedDtypeError: any other dtype.
@@ -88,14 +92,14 @@ def pack(weight: Tensor, config: LayerConfig, layer: str = "weight", layout: str
                 f"layer {layer!r} has a weight with {bad} values that are NaN or infinite; mend the checkpoint, or leave "
                 f"the layer in float with skip=[{layer!r}]"
             )
-        return _pack_matrix(weight, config, layout) if weight.dim() == 2 else _pack_batch(weight, config, layout)
+        return _pack_matrix(weight, config, layout, statistics) if weight.dim() == 2 else _pack_batch(weight, config, layout)
 
 
-def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeight:
+def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None = None) -> PackedWeight:
     columns = weight.size(1)
     group_size = config.group_columns(columns)
     levels = config.levels()
-    quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), None)
+    quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
     grid = (quantized.scale, quantized.offset, quantized.global_scale)
     codebook = Levels(config.bits, levels).table(weight.device)
     operands: Operands

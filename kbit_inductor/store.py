@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
+from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
-from kbit_inductor.progress import PackingProgress
+from kbit_inductor.progress import Progress
 from kbit_inductor.release import Owners, is_released, release
 from kbit_inductor.views import WeightView
 
@@ -43,22 +44,31 @@ class Form:
     view: WeightView
     config: LayerConfig
     layout: str
+    calibration: object | None = None
 
 
 @functools.cache
-def form(view: WeightView, config: LayerConfig, layout: str) -> Form:
-    """The one form of this view, config and layout."""
-    return Form(view, config, layout)
+def form(view: WeightView, config: LayerConfig, layout: str, calibration: object | None = None) -> Form:
+    """The one form of this view, config and layout, and key of a calibration."""
+    return Form(view, config, layout, calibration)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A packed weight that a graph needs: which argument it comes from, which part of it, and how it is stored."""
+    """A packed weight that a graph needs: which argument it comes from, which part of it, how it is stored, and what is known of
+    its inputs."""
 
     argument: int
     name: str
     form: Form
     may_release: bool = False
+    calibration: Calibration | None = None
+
+    def pack(self, weight: Tensor) -> PackedWeight:
+        """``weight``, the argument, packed anew."""
+        matrix = self.form.view.apply(weight.detach())
+        statistics = None if self.calibration is None else self.calibration.of(weight, matrix.size(-1))
+        return pack(matrix, self.form.config, self.name, self.form.layout, statistics)
 
 
 @dataclass
@@ -110,7 +120,7 @@ class PackedWeights:
         return [packed for packed in found if packed is not None]
 
     def _pack_missing(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[PackedWeight | None]:
-        with self._lock, PackingProgress(len(slots)) as progress:
+        with self._lock, Progress(len(slots), "packing weights") as progress:
             packed: list[PackedWeight | None] = []
             for slot in slots:
                 packed.append(self.pack(arguments[slot.argument], slot))
@@ -138,7 +148,7 @@ class PackedWeights:
             entry = self._current_entry(weight, slot)
             start = time.perf_counter()
             with no_modes():
-                packed = pack(slot.form.view.apply(weight.detach()), slot.form.config, slot.name, slot.form.layout)
+                packed = slot.pack(weight)
             entry.packed[slot.form] = packed
             log.info(
                 "packed %s: %d bits, %d bytes, relative error %.3g, %.3f s",

@@ -11,7 +11,7 @@ def test_a_bar_is_shown_on_a_terminal_once_packing_takes_long(monkeypatch, patie
     output = io.StringIO()
     monkeypatch.setattr(progress, "PATIENCE", patience)
     monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=output, force_terminal=terminal))
-    with progress.PackingProgress(2) as bar:
+    with progress.Progress(2, "packing") as bar:
         bar.advance("model.first")
         bar.advance("model.second")
     assert ("model.second" in output.getvalue()) == shown

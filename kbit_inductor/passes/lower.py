@@ -44,7 +44,8 @@ def lower_marks(context: Context) -> Lowered:
     inputs: dict[tuple[int, Form], list[fx.Node]] = {}
     for use in context.uses:
         choice = _choose(context, use)
-        packed_form = form(use.view, _config(use).storage(), choice.kernel.layout)
+        calibration = context.config.calibration
+        packed_form = form(use.view, _config(use).storage(), choice.kernel.layout, calibration and calibration.key)
         key = (use.weight.argument, packed_form)
         if key not in inputs:
             inputs[key] = _add_inputs(context, use, packed_form, lowered)
@@ -86,7 +87,7 @@ def _activation_bits(layer: LayerConfig) -> int:
 
 def _add_inputs(context: Context, use: Use, packed_form: Form, lowered: Lowered) -> list[fx.Node]:
     """New placeholders, after all others, for the operands of a packed weight."""
-    lowered.slots.append(Slot(use.weight.argument, use.weight.name, packed_form))
+    lowered.slots.append(Slot(use.weight.argument, use.weight.name, packed_form, calibration=context.config.calibration))
     nodes = []
     specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout, use.batch)
     for position, (shape, dtype) in enumerate(specs):

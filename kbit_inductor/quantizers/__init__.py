@@ -5,6 +5,7 @@ from __future__ import annotations
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.codebooks import CODEBOOK_NAMES, Codebook, codebook
 from kbit_inductor.quantizers.format import Format
+from kbit_inductor.quantizers.gptq import gptq
 from kbit_inductor.quantizers.grid import Quantized
 from kbit_inductor.quantizers.hqq import hqq
 from kbit_inductor.quantizers.levels import Levels
@@ -23,6 +24,7 @@ __all__ = [
     "Statistics",
     "clip",
     "codebook",
+    "gptq",
     "hqq",
     "register_quantizer",
     "rtn",

@@ -27,7 +27,12 @@ CODEBOOK_SHRINK = {2: (0.4, 1.0), 3: (0.5, 1.1), 4: (0.6, 1.45), 5: (0.7, 1.7), 
 def clip(weight: Tensor, format: Format, statistics: Statistics | None = None) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` with a clip search per group, its error weighted by ``statistics.mean_square`` if given."""
     importance = None if statistics is None else statistics.importance().to(weight.device)
-    return quantize_groups(weight, format, find_grids, Search(CANDIDATES, *shrink_range(format.levels), REFITS), importance)
+    return quantize_groups(weight, format, find_grids, search(format.levels), importance)
+
+
+def search(levels: Levels) -> Search:
+    """:func:`find_grids` for the compiled form."""
+    return Search(CANDIDATES, *shrink_range(levels), REFITS)
 
 
 def shrink_range(levels: Levels) -> tuple[float, float]:

@@ -79,7 +79,12 @@ class Search:
 
 
 def quantize_groups(
-    weight: Tensor, format: Format, find_grids: FindGrids, search: Search | None = None, importance: Tensor | None = None
+    weight: Tensor,
+    format: Format,
+    find_grids: FindGrids,
+    search: Search | None = None,
+    importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> Quantized:
     """Quantize ``weight`` ``[N, K]`` of any floating dtype, with one grid per group of columns.
 
@@ -89,24 +94,28 @@ def quantize_groups(
         find_grids: defines the grid of each group.
         search: what the compiled form is told to do the same; None where there is none.
         importance: the weight of each column's squared error, float32 ``[K]`` and positive; None where all count alike.
+        global_scale: float32 ``[1]``; None for that of the weight.
     """
+    if global_scale is None:
+        global_scale = global_scale_of(weight)
     compiled = None if search is None else quantize_operator(weight)
     if search is None or compiled is None:
-        return _quantize_in_pytorch(weight, format, find_grids, importance)
-    global_scale = _global_scale(weight)
+        return _quantize_in_pytorch(weight, format, find_grids, importance, global_scale)
     codes, scale, offset, errors = compiled(
         weight, float(global_scale), format.bits, format.group_size, format.symmetric, search.lowest_shrink,
         search.highest_shrink, search.candidates, format.levels.table(weight.device), importance, search.refits,
     )  # fmt: skip
     squared_error, squared_norm = errors.sum(dim=0).tolist()
-    return Quantized(codes, scale, None if format.symmetric else offset, global_scale, _ratio(squared_error, squared_norm))
+    return Quantized(codes, scale, None if format.symmetric else offset, global_scale, ratio(squared_error, squared_norm))
 
 
-def _quantize_in_pytorch(weight: Tensor, format: Format, find_grids: FindGrids, importance: Tensor | None) -> Quantized:
+def _quantize_in_pytorch(
+    weight: Tensor, format: Format, find_grids: FindGrids, importance: Tensor | None, global_scale: Tensor
+) -> Quantized:
     """A few rows at a time."""
     rows, columns = weight.shape
     size = format.group_size
-    result = _empty(weight, format)
+    result = _empty(weight, format, global_scale)
     squared_error = squared_norm = 0.0
     whole = columns // size * size
     step = max(1, CHUNK_ELEMENTS // max(columns, 1))
@@ -122,19 +131,20 @@ def _quantize_in_pytorch(weight: Tensor, format: Format, find_grids: FindGrids, 
                 groups = GroupValues(*blocks)  # type: ignore[arg-type]
                 grids = slice(first // size, -(-end // size))
                 squared_error += _fill(result, part, slice(first, end), grids, groups, format.levels, find_grids)
-    return dataclasses.replace(result, error=_ratio(squared_error, squared_norm))
+    return dataclasses.replace(result, error=ratio(squared_error, squared_norm))
 
 
-def _ratio(squared_error: float, squared_norm: float) -> float:
+def ratio(squared_error: float, squared_norm: float) -> float:
+    """The relative error; 0 for a weight of zeros."""
     return squared_error / squared_norm if squared_norm else 0.0
 
 
-def _empty(weight: Tensor, format: Format) -> Quantized:
+def _empty(weight: Tensor, format: Format, global_scale: Tensor) -> Quantized:
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, group_count(columns, format.group_size), dtype=torch.float16, device=weight.device)
     offset = None if format.symmetric else torch.empty_like(scale)
-    return Quantized(codes, scale, offset, _global_scale(weight), 0.0)
+    return Quantized(codes, scale, offset, global_scale, 0.0)
 
 
 def _fill(
@@ -171,7 +181,7 @@ def round_to_half(values: Tensor) -> Tensor:
     return values.half().float()
 
 
-def _global_scale(weight: Tensor) -> Tensor:
+def global_scale_of(weight: Tensor) -> Tensor:
     """The power of two by which ``weight`` is divided to bring its largest magnitude near ``2 ** 14``, well inside float16."""
     largest = max(float(end.abs()) for end in weight.aminmax()) if weight.numel() else 0.0
     exponent = max(-126, min(126, math.frexp(largest)[1] - 14)) if largest else 0

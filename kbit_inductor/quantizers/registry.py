@@ -15,6 +15,7 @@ from torch import Tensor
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.format import Format
+from kbit_inductor.quantizers.gptq import gptq
 from kbit_inductor.quantizers.grid import Quantized
 from kbit_inductor.quantizers.hqq import hqq
 from kbit_inductor.quantizers.rtn import rtn
@@ -46,7 +47,8 @@ class Quantizer:
 
 
 BUILT_IN = (
-    Quantizer("clip", clip),
+    Quantizer("clip", clip, "squares"),
+    Quantizer("gptq", gptq, "hessian"),
     Quantizer("hqq", hqq),
     Quantizer("rtn", rtn),
 )

@@ -22,6 +22,12 @@ class Statistics:
     hessian: Tensor | None = None
     rows: int = 0
 
+    def evened(self) -> Statistics:
+        """Half these, half those of a look-up, for which all columns count alike: of a weight that is used both ways."""
+        mean = self.mean_square.mean()
+        hessian = None if self.hessian is None else (self.hessian + mean * torch.eye(len(self.hessian)).to(self.hessian)) / 2
+        return Statistics((self.mean_square + mean) / 2, hessian, self.rows)
+
     def importance(self) -> Tensor:
         """The weight of each column's squared error, float32 ``[K]``: E[x²] over its mean. No column weighs nothing, so that every
         grid stays determined."""

@@ -1,0 +1,145 @@
+"""Run a model on a little data and keep what quantizers can use: moments of the inputs of each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbit_inductor.calibration import Calibration
+from kbit_inductor.config import Config
+from kbit_inductor.errors import EmptyCalibrationError, InvalidOptionError, NonFiniteActivationError
+from kbit_inductor.logs import logger
+from kbit_inductor.progress import Progress
+from kbit_inductor.quantizers import QUANTIZERS, Statistics
+
+log = logger("pack")
+MAX_LENGTH = 512  # tokens of a text
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+) -> Calibration:
+    """The statistics of what the layers of ``model`` are given when it runs on ``data``, once, for the option ``calibration``.
+
+    A thousand rows (tokens of a language model) give most of what there is to gain. A layer is a module with a matrix ``weight``
+    that is called with a floating tensor, as ``nn.Linear`` is. A Hessian is kept, ``4 * K ** 2`` bytes, where the quantizer of the
+    layer asks for it.
+
+    Args:
+        model: on float weights, in eager, as it will be used.
+        data: a batch, or an iterable of batches such as a ``DataLoader``. A batch is a tensor, the model's first argument; a tuple,
+            its arguments; a mapping, its keywords; or a text, which the tokenizer turns into keywords and which is cut after 512
+            tokens. A list is an iterable of batches.
+        config: says which layers, and by their quantizers what is kept.
+        tokenizer: of texts, as Hugging Face's are called.
+
+    Raises:
+        EmptyCalibrationError: ``data`` has no batch, or no layer was given a row.
+        NonFiniteActivationError: a layer was given NaN or an infinity.
+        InvalidOptionError: a text without a tokenizer.
+    """
+    resolved = Config.from_options(config)
+    meters = {name: meter for name, module in model.named_modules() if (meter := _meter(name, module, resolved)) is not None}
+    hooks = [meter.module.register_forward_pre_hook(meter) for meter in meters.values()]
+    try:
+        run(model, data, tokenizer)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = {name: meter for name, meter in meters.items() if meter.rows}
+    if not reached:
+        raise EmptyCalibrationError("calibration saw no row of any layer; give at least one batch that is not empty")
+    if missed := [name for name in meters if name not in reached]:
+        log.warning(
+            "calibration never reached %d of %d layers (%s, …); they are quantized without statistics. Give data that uses them, "
+            "or skip them", len(missed), len(meters), missed[0],
+        )  # fmt: skip
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights: dict[str, Tensor] = {name: meter.module.weight for name, meter in reached.items()}  # type: ignore[misc]
+    found = {name: meter.statistics() for name, meter in reached.items()}
+    return Calibration(weights, {name: s.evened() if id(weights[name]) in tables else s for name, s in found.items()})
+
+
+def run(model: nn.Module, data: Any, tokenizer: Callable[..., Mapping[str, Any]] | None = None) -> None:
+    """Call ``model`` on each batch of ``data``, for its hooks' sake.
+
+    Raises:
+        EmptyCalibrationError: there is none.
+    """
+    count = 0
+    with Progress(None, "calibrating") as progress:
+        for arguments, keywords in batches(data, tokenizer, model):
+            model(*arguments, **keywords)
+            count += 1
+            progress.advance(f"batch {count}")
+    if not count:
+        raise EmptyCalibrationError("the calibration data has no batch; give at least one (an exhausted iterator has none)")
+
+
+def batches(
+    data: Any, tokenizer: Callable[..., Mapping[str, Any]] | None, model: nn.Module
+) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """The arguments and keywords of each call of ``model``; see :func:`calibrate` for what ``data`` may be."""
+    several = isinstance(data, Iterable) and not isinstance(data, (Tensor, Mapping, tuple, str))
+    for batch in data if several else (data,):
+        if isinstance(batch, str):
+            if tokenizer is None:
+                raise InvalidOptionError("calibration data has a text, and no tokenizer is given; pass tokenizer=…")
+            device = next(iter(model.parameters())).device
+            encoded = tokenizer(batch, return_tensors="pt", truncation=True, max_length=MAX_LENGTH)
+            yield (), {name: value.to(device) for name, value in encoded.items() if name != "token_type_ids"}
+        elif isinstance(batch, Mapping):
+            yield (), batch
+        else:
+            yield (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def _meter(name: str, module: nn.Module, config: Config) -> _Meter | None:
+    weight = module._parameters.get("weight")
+    layer = config.for_layer(name)
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding) or layer is None:
+        return None
+    return _Meter(name, module, QUANTIZERS[layer.quantizer].needs == "hessian")
+
+
+@dataclasses.dataclass
+class _Meter:
+    """A forward pre-hook that sums up moments of the inputs of ``module``."""
+
+    name: str
+    module: nn.Module
+    with_hessian: bool
+    rows: int = 0
+    squares: Tensor | None = None
+    products: Tensor | None = None
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not arguments or not isinstance(arguments[0], Tensor) or not arguments[0].is_floating_point():
+            return
+        x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
+        squares = x.square().sum(dim=0, dtype=torch.float64)
+        if not bool(torch.isfinite(squares).all()):
+            raise NonFiniteActivationError(
+                f"layer {self.name!r} is given NaN or an infinity by the calibration data; mend the data, run the model in float32 "
+                "or bfloat16, or leave the data out"
+            )
+        self.rows += len(x)
+        self.squares = squares if self.squares is None else self.squares + squares
+        if self.with_hessian:
+            self.products = x.t() @ x if self.products is None else self.products.addmm_(x.t(), x)
+
+    def statistics(self) -> Statistics:
+        """Means of what was summed up."""
+        if self.squares is None:
+            raise LookupError(f"{self.name} was given nothing")
+        hessian = None if self.products is None else self.products / self.rows
+        return Statistics((self.squares / self.rows).float(), hessian, self.rows)
