@@ -71,8 +71,8 @@ def _dynamic_int8(engine: str, weight: Tensor) -> CopyMaker:
     def copy() -> Copy:
         with _quantized_engine(engine):
             packed = torch.ops.quantized.linear_prepack(quantized, None)
-        # No range is held back: VNNI adds in 32 bits, so nothing can overflow.
-        return Copy(weight.numel() + 4 * len(scales), lambda x: partial(torch.ops.quantized.linear_dynamic, x, packed, False))
+        # x in 7 bits, as torch.ao.nn.quantized.dynamic.Linear has it: without VNNI, pairs of products are added in 16 bits.
+        return Copy(weight.numel() + 4 * len(scales), lambda x: partial(torch.ops.quantized.linear_dynamic, x, packed, True))
 
     return copy
 
