@@ -22,7 +22,7 @@ from cpu.timing import Say, silent
 # A part of the step, and what the names of its events hold. The first that fits counts.
 PARTS = (
     ("sampling", ("argmax", "multinomial", "sort", "topk")),
-    ("our kernels", ("kbit::",)),
+    ("our kernels", ("kbit::",)),  # in chains attention too
     ("other Inductor kernels", ("cpp_fused",)),  # named after all operators near them, attention among others
     ("attention", ("attention", "aten::bmm", "aten::baddbmm", "aten::_softmax")),
     ("other operators", ("aten::", "mkl::", "mkldnn", "onednn::")),
