@@ -218,15 +218,16 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
   }
 }
 
-void Activations::fill_table(const Isa& isa, const TiledLayout& layout) {
-  if (!isa.table_bytes || blocks_.size() != 1) return;
+bool Activations::fill_table(const Isa& isa, const TiledLayout& layout) {
+  if (!isa.table_bytes || blocks_.size() != 1) return false;
   const int64_t bytes = isa.table_bytes(layout, blocks_[0].rows);
-  if (!bytes) return;
+  if (!bytes) return false;
   table_ = std::make_unique_for_overwrite<uint8_t[]>(bytes + kCacheLine);
   const auto address = reinterpret_cast<uintptr_t>(table_.get());
   uint8_t* table = table_.get() + (kCacheLine - address % kCacheLine) % kCacheLine;
   isa.fill_table(layout, blocks_[0], table);
   blocks_[0].table = table;
+  return true;
 }
 
 }  // namespace kbit

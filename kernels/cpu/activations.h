@@ -35,8 +35,8 @@ class Activations {
   int64_t rows() const { return rows_; }
   const std::vector<ActivationBlock>& blocks() const { return blocks_; }
   int64_t rows_per_block() const { return rows_per_block_; }  // of x
-  // Makes the table of partial sums that `isa` looks up for weights of `layout`, if it does so.
-  void fill_table(const Isa& isa, const TiledLayout& layout);
+  // Makes the table of partial sums that `isa` looks up for weights of `layout`, and says whether it does so.
+  bool fill_table(const Isa& isa, const TiledLayout& layout);
   // Rows of x with a value that is no number: their codes are zeros, their result has to be computed in float.
   const std::vector<int64_t>& not_finite() const { return not_finite_; }
   // x in float32 after the norm, as it was before quantization; `values` holds K floats.

@@ -130,9 +130,7 @@ TiledProduct::TiledProduct(const TiledProblem& problem)
       x_(problem.x, problem.weights.front(), problem.activation_bits, any_vectors(problem)),
       row_blocks_(row_blocks_of(problem)) {
   for (const TiledWeight& weight : problem.weights) {
-    if (weight.bits != 1 || weight.vectors) continue;
-    x_.fill_table(isa(), weight);  // one for all, as they share columns and groups
-    break;
+    if (!weight.vectors && x_.fill_table(isa(), weight)) break;  // one for all, as they share columns and groups
   }
   chunks_ = ceil_div(static_cast<int64_t>(x_.blocks().size()), kChunkBlocks);
 }
