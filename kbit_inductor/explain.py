@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,11 +65,13 @@ class Explanation:
         layers: one report for each weight matrix, matched or not.
         graphs: how many graphs Dynamo made.
         graph_breaks: reason to count.
+        fusions: kind (``"siblings"``, ``"norm"``, ``"chained"``, …) to how many calls became part of another one.
     """
 
     layers: tuple[LayerReport, ...]
     graphs: int
     graph_breaks: Mapping[str, int]
+    fusions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def matched(self) -> tuple[LayerReport, ...]:
@@ -93,7 +96,8 @@ class Explanation:
         for layer in self.layers:
             table.add_row(*_cells(layer))
         breaks = "; ".join(f"{reason.splitlines()[0]} ({count})" for reason, count in self.graph_breaks.items()) or "none"
-        return Group(table, f"graphs: {self.graphs}, graph breaks: {breaks}")
+        fused = ", ".join(f"{kind} {count}" for kind, count in sorted(self.fusions.items())) or "nothing"
+        return Group(table, f"graphs: {self.graphs}, graph breaks: {breaks}; fused: {fused}")
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160)
@@ -130,6 +134,7 @@ def explain(model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None 
         (*recorder.reports.values(), *_unreached(original, recorder.seen)),
         recorder.graphs,
         {reason: count for reason, count in breaks.items() if count},
+        recorder.fusions,
     )
 
 
@@ -141,6 +146,7 @@ class _Recorder:
         self.reports: dict[tuple[int, WeightView], LayerReport] = {}
         self.seen: set[int] = set()
         self.graphs = 0
+        self.fusions: Counter[str] = Counter()
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
@@ -148,6 +154,7 @@ class _Recorder:
             _, context, lowered = backend.capture(gm, inputs, self.config)
             weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
             self.seen |= {id(tensor) for tensor in weights.values()}
+            self.fusions += lowered.fusions
             for key, report in _reports(context, lowered, weights):
                 self.reports[key] = _merged(self.reports.get(key), report)
         except KbitError as error:

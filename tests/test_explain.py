@@ -50,6 +50,13 @@ def test_the_table_shows_every_layer_and_the_totals():
     assert f"{sum(layer.bytes_after for layer in report.layers):,}" in text
 
 
+def test_fusions_are_counted_over_all_graphs():
+    report = kbit.explain(Model(), INDICES)
+    assert report.fusions == {"activation": 1, "chained": 3}  # relu into up; up, down and head follow one another
+    assert "fused: activation 1, chained 3" in str(report)
+    assert kbit.explain(nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)).fusions == {}
+
+
 def test_graph_breaks_are_counted_and_tied_weights_told_once():
     report = kbit.explain(Model(breaks=True), INDICES)
     assert report.graphs == 2
