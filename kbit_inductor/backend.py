@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from kbit_inductor.binding import Binding
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
 from kbit_inductor.errors import KbitError, ReleasedWeightError
+from kbit_inductor.instruction_set import check_instruction_set
 from kbit_inductor.overrides import check_overrides
 from kbit_inductor.passes import pipeline
 from kbit_inductor.passes.lower import Lowered
@@ -59,6 +61,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[fx.GraphModule, Context, Lowered]:
     """A copy of ``gm`` that takes packed weights, with what was found."""
+    check_instruction_set()
     copied = copy_graph(gm)
     weights = find_weights(copied.graph, example_inputs, config)
     check_overrides(config, weights, example_inputs)
@@ -127,8 +130,14 @@ def _log_fallbacks(lowered: Lowered) -> None:
     for use, choice in lowered.choices:
         if choice.kernel.name == "reference":
             why = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
-            kernel_log.warning("%s and perhaps others run on the slow reference kernel. %s", use.weight.name, why)
+            _warn_slow(f"{use.family}: {why}")
             return
+
+
+@functools.cache
+def _warn_slow(why: str) -> None:
+    """Once for each reason, which all graphs of a model share."""
+    kernel_log.warning("weights are read by the slow reference kernel. %s", why)
 
 
 def _log_constants(gm: fx.GraphModule) -> None:

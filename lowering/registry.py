@@ -13,15 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
-from kbit_inductor.kernels.cpu import build
+from kbit_inductor.kernels.cpu import build, compiler
 from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import ops
 
 MAX_BIT_VECTORS = 4
-BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avx2": 3, "portable": 3}
-"""Bits of a code times bits of an activation up to which counting them is faster than multiplying 8-bit numbers."""
+BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avxvnni": 1, "avx2": 3, "neon": 1, "portable": 3}
+"""Bits of a code times bits of an activation up to which counting them is faster than multiplying 8-bit numbers.
+
+Those of ``avxvnni`` and ``neon`` are guesses: no such machine was measured."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MATRIX_FAMILIES = ("linear", "embedding")
 
@@ -111,7 +113,7 @@ def _cpu_library_problem() -> str | None:
     """Why the compiled CPU library is not there, or None when it is loaded."""
     try:
         build.load()
-    except build.CpuBuildError as error:
+    except compiler.CpuBuildError as error:
         return str(error)
     return None
 

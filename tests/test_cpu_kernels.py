@@ -1,12 +1,8 @@
-"""Quantizing in C++ against PyTorch, and the build of the kernels against what goes wrong."""
+"""Quantizing in C++ against PyTorch."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -34,9 +30,6 @@ sizes = st.one_of(st.sampled_from([0, 1, 2, 7, 8, 9, 63, 64, 65, 127, 128]), st.
 groups = st.one_of(st.sampled_from([16, 32, 64, 128, 1000]), st.integers(1, 80))
 bit_widths = st.integers(1, 8)
 dtypes = st.sampled_from(DTYPES)
-
-
-# --- quantizing ------------------------------------------------------------------------------------------------------
 
 
 def in_pytorch(function, *arguments):
@@ -150,76 +143,3 @@ def test_wrong_operands_of_quantize_raise(changes, message):
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         torch.ops.kbit.quantize_cpu(*(valid | changes).values())
-
-
-# --- the build -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_source(monkeypatch, tmp_path) -> Path:
-    """A source that compiles in no time, and an empty cache, which is returned."""
-    source = tmp_path / "tiny.cpp"
-    source.write_text("int answer() { return 42; }")
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(build, "sources", lambda: [source])
-    monkeypatch.setenv("KBIT_CACHE_DIR", str(cache))
-    return cache
-
-
-def test_build_survives_a_race(tiny_source):
-    code = f"""
-from pathlib import Path
-from kbit_inductor.kernels.cpu import build
-build.sources = lambda: [Path({str(tiny_source.parent / "tiny.cpp")!r})]
-print(build.build())
-"""
-    with ThreadPoolExecutor(2) as pool:
-        command = [sys.executable, "-c", code]
-        race = [pool.submit(subprocess.run, command, capture_output=True, text=True, timeout=300) for _ in range(2)]
-    assert [run.result().returncode for run in race] == [0, 0], [run.result().stderr for run in race]
-    (library,) = tiny_source.iterdir()  # one library, and no scratch directory left behind
-    assert {run.result().stdout.strip() for run in race} == {str(library)}
-
-
-def test_build_replaces_a_truncated_library(tiny_source):
-    library = build.build()
-    whole = library.read_bytes()
-    modified = library.stat().st_mtime_ns
-    assert build.build() == library and library.stat().st_mtime_ns == modified
-    library.write_bytes(whole[: len(whole) // 2])
-    assert build.build().read_bytes() == whole
-    assert list(tiny_source.iterdir()) == [library]
-
-
-def test_build_without_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "/nonexistent/g++")
-    monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path))
-    with pytest.raises(build.CpuBuildError, match=r"apt install g\+\+.*CXX"):
-        build.build()
-
-
-def test_build_shows_what_the_compiler_said(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "g++ -fno-such-option")
-    monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path))
-    with pytest.raises(build.CpuBuildError, match=r"(?s)no-such-option.*C\+\+20"):
-        build.build()
-    assert not list(tmp_path.iterdir())
-
-
-def test_build_into_a_directory_that_cannot_be_written(monkeypatch, tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("KBIT_CACHE_DIR", str(file / "cache"))
-    with pytest.raises(build.CpuBuildError, match="KBIT_CACHE_DIR"):
-        build.build()
-
-
-def test_build_key_follows_flags():
-    assert build._cache_key(["g++"], ["-O2"]) == build._cache_key(["g++"], ["-O2"])
-    assert build._cache_key(["g++"], ["-O2"]) != build._cache_key(["g++"], ["-O3"])
-
-
-def test_build_default_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("KBIT_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_dir() == tmp_path / "kbit_inductor"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from threads import with_threads
 
 from kbit_inductor.kernels import layout, reference
-from kbit_inductor.kernels.cpu import build
+from kbit_inductor.kernels.cpu import build, compiler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = int(os.environ.get("KBIT_TEST_EXAMPLES", "150"))
@@ -299,7 +299,8 @@ def test_an_instruction_set_is_named_by_the_environment(name):
     if name in ISAS:
         assert done.stdout.strip() == name
     else:
-        assert "KBIT_ISA is 'z80', which this machine does not run" in done.stderr
+        known = ", ".join(reversed(compiler.instruction_sets()))
+        assert f"KBIT_ISA is 'z80', which this machine does not run; it runs {', '.join(ISAS)} (of {known})" in done.stderr
 
 
 # --- what is fused around the product --------------------------------------------------------------------------------

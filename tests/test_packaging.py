@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from sysconfig import get_platform
 
 import pytest
 
@@ -22,7 +23,7 @@ FOLDERS = {
     "kernels": "kbit_inductor/kernels",
 }
 NOT_SOURCES = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "dist", "demo-output", "*.egg-info", "__pycache__", "*.py[cod]", ".*_cache"
+    ".git", ".venv*", "build", "dist", "demo-output", "*.egg-info", "__pycache__", "*.py[cod]", "*.so", ".*_cache"
 )
 
 
@@ -79,7 +80,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def sources(folder: str) -> list[PurePosixPath]:
     """Code and data under a folder of the repository, as paths from the repository."""
     paths = (REPOSITORY / folder).rglob("*")
-    kept = [p for p in paths if p.is_file() and p.suffix not in {".pyc", ".pyo"} and "__pycache__" not in p.parts]
+    kept = [p for p in paths if p.is_file() and p.suffix not in {".pyc", ".pyo", ".so"} and "__pycache__" not in p.parts]
     return [PurePosixPath(p.relative_to(REPOSITORY).as_posix()) for p in kept]
 
 
@@ -98,7 +99,7 @@ def test_sdist_holds_the_repository(installed: Installed) -> None:
     with tarfile.open(installed.sdist) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {str(path) for folder in (*FOLDERS, "tests", "benchmarks", "docs") for path in sources(folder)}
-    wanted |= {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt", ".ci/run"}
+    wanted |= {"pyproject.toml", "setup.py", "README.md", "LICENSE", "Makefile", "constraints.txt", ".ci/run"}
     assert wanted <= held, sorted(wanted - held)
 
 
@@ -163,3 +164,45 @@ def test_imports_without_a_compiler(installed: Installed, tmp_path: Path) -> Non
         PATH=str(tmp_path),
         CXX="",
     )
+
+
+def test_a_product_runs_on_the_reference_without_a_compiler(installed: Installed, tmp_path: Path) -> None:
+    # A product alone: what surrounds products is compiled by Inductor, which needs a compiler of its own.
+    printed = installed.python(
+        "import logging, torch\n"
+        "logging.basicConfig(stream=sys.stdout)\n"
+        "linear, x = torch.nn.Sequential(torch.nn.Linear(96, 64)), torch.randn(3, 96)\n"
+        "import kbit_inductor\n"
+        "with torch.no_grad():\n"
+        "    for bits in (8, 7):\n"
+        "        torch.compile(linear, backend='kbit', options={'bits': bits})(x)\n"
+        "    layer, = kbit_inductor.explain(linear, x).layers\n"
+        "assert layer.kernels == ('reference',) and 'no C++ compiler' in layer.rejected['cpu'], layer\n",
+        PATH=str(tmp_path),
+        CXX="",
+        KBIT_CACHE_DIR=str(tmp_path / "cache"),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+    )
+    assert printed.count("slow reference kernel") == 1
+
+
+def test_a_wheel_with_the_library_needs_no_compiler(tmp_path: Path) -> None:
+    copy, out, target = tmp_path / "copy", tmp_path / "out", tmp_path / "target"
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns("tests", "benchmarks", "docs", ".*", "build"))
+    cpu = copy / "kernels" / "cpu"
+    for path in [*cpu.glob("*.cpp"), *cpu.glob("*.h"), *cpu.glob("*.so")]:  # compiling what is here would take a minute
+        path.unlink()
+    (cpu / "tiny.cpp").write_text("int answer() { return 42; }")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel_command = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(out), str(copy)]
+    run(wheel_command, env={**os.environ, "KBIT_PREBUILD": "1"}, cwd=tmp_path)
+    (wheel,) = out.glob("*.whl")
+    assert wheel.name.endswith(f"-py3-none-{get_platform().replace('-', '_')}.whl")
+    run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], cwd=tmp_path)
+    code = "from kbit_inductor.kernels.cpu import build; build.load(); print(build.build())"
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    environment = {"PATH": str(cache), "CXX": "", "KBIT_CACHE_DIR": str(cache)}
+    printed = Installed(wheel, wheel, target).python(code, **environment)
+    assert Path(printed.strip()).parent == target / "kbit_inductor" / "kernels" / "cpu"
+    assert not list(cache.iterdir())

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <string_view>
 
+#include "level.h"
+
 namespace kbit {
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -25,6 +27,8 @@ inline bool parse_activation(std::string_view name, Activation& found) {
   }
   return false;
 }
+
+inline namespace KBIT_LEVEL {
 
 // exp by 2 ** n * p(r), |r| <= ln(2) / 2, as in Cephes; it saturates at the largest finite power instead of at infinity.
 inline Floats exp(Floats x) {
@@ -82,5 +86,7 @@ inline Floats apply(Activation activation, Floats x) {
   }
   return x;
 }
+
+}  // inline namespace KBIT_LEVEL
 
 }  // namespace kbit

@@ -10,7 +10,7 @@
 
 #include "bit_vectors.h"
 
-namespace kbit {
+namespace kbit::inline KBIT_LEVEL {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // values worth handing to another thread
@@ -230,4 +230,4 @@ bool Activations::fill_table(const Isa& isa, const TiledLayout& layout) {
   return true;
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

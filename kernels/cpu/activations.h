@@ -13,6 +13,7 @@
 
 #include "tiled.h"
 #include "dtype.h"
+#include "level.h"
 
 namespace kbit {
 
@@ -24,6 +25,8 @@ struct ActivationSource {
   const void* norm_weight = nullptr;  // [K] of `dtype`: x / sqrt(mean(x ** 2) + eps) * norm_weight; null: x itself
   float eps = 0;
 };
+
+inline namespace KBIT_LEVEL {
 
 class Activations {
  public:
@@ -55,5 +58,7 @@ class Activations {
   std::vector<int64_t> not_finite_;
   std::unique_ptr<uint8_t[]> table_;
 };
+
+}  // inline namespace KBIT_LEVEL
 
 }  // namespace kbit

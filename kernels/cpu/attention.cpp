@@ -12,7 +12,7 @@
 #include "activation.h"
 #include "vector.h"
 
-namespace kbit {
+namespace kbit::inline KBIT_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 64;  // keys of one task, at least
@@ -257,4 +257,4 @@ void decode_attention(const AttentionProblem& problem) {
   attention.combine(0, attention.rows());
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

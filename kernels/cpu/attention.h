@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "level.h"
 
 namespace kbit {
 
@@ -34,6 +35,8 @@ struct AttentionPart {
   float largest = -std::numeric_limits<float>::infinity(), sum = 0;
 };
 
+inline namespace KBIT_LEVEL {
+
 // out = softmax(scale * q @ k.T + mask) @ v, with sums in float32. A query that may look at nothing gives NaN, as in PyTorch's math.
 void decode_attention(const AttentionProblem& problem);
 
@@ -54,5 +57,7 @@ class Attention {
   std::vector<AttentionPart> parts_;   // [pairs][runs][queries that look at the pair]
   std::vector<float> values_;          // the same, [Dv] each
 };
+
+}  // inline namespace KBIT_LEVEL
 
 }  // namespace kbit

@@ -7,7 +7,7 @@
 
 #include "team.h"
 
-namespace kbit {
+namespace kbit::inline KBIT_LEVEL {
 namespace {
 
 constexpr int64_t kAhead = 8192;  // bytes
@@ -67,4 +67,4 @@ void run_chain(const std::vector<ChainStep>& steps) {
   });
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

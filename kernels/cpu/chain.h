@@ -5,13 +5,18 @@
 #include <vector>
 
 #include "attention.h"
+#include "level.h"
 #include "tiled_linear.h"
 
 namespace kbit {
 
 using ChainStep = std::variant<TiledProblem, AttentionProblem>;
 
+inline namespace KBIT_LEVEL {
+
 // Every step may read what earlier ones wrote.
 void run_chain(const std::vector<ChainStep>& steps);
+
+}  // inline namespace KBIT_LEVEL
 
 }  // namespace kbit

@@ -10,6 +10,9 @@
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 namespace kbit {
 namespace {  // this header is compiled once for every instruction set: nothing of it may be shared between them
@@ -37,6 +40,10 @@ inline void read_halves(const uint8_t* bytes, float* values) {
 #ifdef __F16C__
   for (int i = 0; i < kTileRows; i += 8) {
     _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 2 * i))));
+  }
+#elif defined(__aarch64__)
+  for (int i = 0; i < kTileRows; i += 4) {
+    vst1q_f32(values + i, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(bytes + 2 * i))));
   }
 #else
   for (int i = 0; i < kTileRows; ++i) {

@@ -11,7 +11,7 @@
 
 #include "vector.h"
 
-namespace kbit {
+namespace kbit::inline KBIT_LEVEL {
 namespace {
 
 constexpr int64_t kGrain = 1 << 12;  // weights worth handing to another thread
@@ -307,4 +307,4 @@ void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, co
   quantize_on(UniformLevels(search), weight, dtype, rows, columns, search, out);
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

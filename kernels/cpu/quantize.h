@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "level.h"
 
 namespace kbit {
 
@@ -26,8 +27,12 @@ struct QuantizedRows {
   double* errors;     // [rows, 2]: squared error, all columns alike, and squared norm, in units of global_scale; zero at the start
 };
 
+inline namespace KBIT_LEVEL {
+
 // weight [rows, columns] of `dtype`, contiguous and finite.
 void quantize(const void* weight, Dtype dtype, int64_t rows, int64_t columns, const GridSearch& search,
               const QuantizedRows& out);
+
+}  // inline namespace KBIT_LEVEL
 
 }  // namespace kbit

@@ -13,13 +13,10 @@
 #include <c10/util/hash.h>
 #include <torch/library.h>
 
-#include "attention.h"
-#include "chain.h"
 #include "isa.h"
+#include "kernels.h"
 #include "operands.h"
 #include "packed_memory.h"
-#include "quantize.h"
-#include "tiled_linear.h"
 
 namespace kbit {
 namespace {
@@ -85,7 +82,7 @@ class Product {
 
   Tensor compute() {
     Tensor y = result();
-    if (y.numel()) tiled_linear(problem_);
+    if (y.numel()) kernels().tiled_linear(problem_);
     return y;
   }
 
@@ -209,7 +206,7 @@ Tensor decode_attention_cpu(const Tensor& query, const Tensor& key, const Tensor
                             double scale) {
   AttentionCall call(query, key, value, mask, scale);
   Tensor out = call.result();
-  if (out.numel()) decode_attention(call.problem());
+  if (out.numel()) kernels().decode_attention(call.problem());
   return out.transpose(1, 2);
 }
 
@@ -294,7 +291,7 @@ class ChainReader {
 std::vector<Tensor> chain_cpu(const at::TensorList inputs, at::IntArrayRef program, at::ArrayRef<double> numbers,
                               const c10::List<std::string>& activations) {
   ChainReader reader(inputs, program, numbers, activations);
-  run_chain(reader.steps());
+  kernels().run_chain(reader.steps());
   return std::move(reader).results();
 }
 
@@ -364,8 +361,7 @@ std::string isa_cpu() { return isa().name; }
 
 std::vector<std::string> isas_cpu() {
   std::vector<std::string> names;
-  for (int i = 0; i < isa_count(); ++i) {
-    const IsaEntry entry = isa_entry(i);
+  for (const IsaEntry& entry : isas()) {
     if (entry.usable) names.emplace_back(entry.isa->name);
   }
   return names;
@@ -401,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, do
                           highest_shrink, static_cast<int>(candidates), static_cast<int>(refits),
                           codebook ? levels.const_data_ptr<uint8_t>() : nullptr,
                           importance ? weights.const_data_ptr<float>() : nullptr};
-  quantize(source.const_data_ptr(), dtype, rows, columns, search,
+  kernels().quantize(source.const_data_ptr(), dtype, rows, columns, search,
            {codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<at::Half>(), offset.mutable_data_ptr<at::Half>(),
             errors.mutable_data_ptr<double>()});
   return {codes, scale, offset, errors};

@@ -12,9 +12,9 @@
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
+#include "kernels.h"
 #include "operands.h"
 #include "packed_memory.h"
-#include "runs.h"
 
 namespace kbit {
 namespace {
@@ -67,7 +67,7 @@ void compute(const Tensor& x, const std::vector<Run>& runs, int64_t activation_b
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const int bits = grid_bits(activation_bits, dtype);
   if (!y.numel()) return;
-  linear_of_runs({x.const_data_ptr(), dtype, 0}, runs, bits, y.mutable_data_ptr());
+  kernels().linear_of_runs({x.const_data_ptr(), dtype, 0}, runs, bits, y.mutable_data_ptr());
 }
 
 // The matrix that each entry of `index` names, negative ones counted from the end.

@@ -7,7 +7,7 @@
 
 #include "tiled_linear.h"
 
-namespace kbit {
+namespace kbit::inline KBIT_LEVEL {
 namespace {
 
 constexpr int64_t kQuantizeGrain = 1 << 14;  // values worth handing to another thread
@@ -73,4 +73,4 @@ void linear_of_runs(const ActivationSource& x, const std::vector<Run>& runs, int
   });
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

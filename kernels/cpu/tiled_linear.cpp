@@ -7,7 +7,7 @@
 #include "dequantize.h"
 #include "isa.h"
 
-namespace kbit {
+namespace kbit::inline KBIT_LEVEL {
 namespace {
 
 constexpr int64_t kGrain = 1 << 16;       // multiply-adds worth handing to another thread
@@ -180,4 +180,4 @@ void tiled_linear(const TiledProblem& problem) {
   at::parallel_for(0, product.tasks(), product.grain(), [&](int64_t begin, int64_t end) { product.compute(begin, end); });
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

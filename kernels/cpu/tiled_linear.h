@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "activations.h"
+#include "level.h"
 #include "tiled.h"
 #include "dtype.h"
 
@@ -28,6 +29,8 @@ struct TiledProblem {
   const void* residual = nullptr;  // like y, added last; or null
   void* y = nullptr;               // [rows of x, all N] of x's dtype, contiguous
 };
+
+inline namespace KBIT_LEVEL {
 
 // y = residual + activation(norm(x) @ W.T + bias), or with the gate's product in place of the activation.
 void tiled_linear(const TiledProblem& problem);
@@ -54,6 +57,8 @@ class TiledProduct {
 int64_t row_blocks_of(const TiledProblem& problem);
 // The first weight's bytes that row block `index` of them reads.
 const uint8_t* row_block_of(const TiledProblem& problem, int64_t index);
+
+}  // inline namespace KBIT_LEVEL
 
 // out [count, K] of `dtype` = rows `indices` of the table, each below weight.rows (unchecked).
 void tiled_embedding(const TiledWeight& weight, const int64_t* indices, int64_t count, void* out, Dtype dtype);

@@ -1,7 +1,9 @@
 // Vectors of floats in the extensions of GCC and Clang: one source for every instruction set.
 #pragma once
 
-namespace kbit {
+#include "level.h"
+
+namespace kbit::inline KBIT_LEVEL {
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
@@ -27,4 +29,4 @@ inline void store(float* p, Vector v) {
   *reinterpret_cast<Unaligned*>(p) = v;
 }
 
-}  // namespace kbit
+}  // namespace kbit::inline KBIT_LEVEL

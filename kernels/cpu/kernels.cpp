@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+namespace kbit::inline KBIT_LEVEL {
+
+const Kernels kKernels{tiled_linear, decode_attention, run_chain, linear_of_runs, quantize};
+
+}  // namespace kbit::inline KBIT_LEVEL
