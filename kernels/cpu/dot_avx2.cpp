@@ -120,14 +120,9 @@ void add(const Segment& segment, const ActivationSegment& x, int rows, float* su
 
 using Avx2 = Avx2Dot<add>;
 
-void dot_avx2(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count, float* sums) {
-  if (count == 1 && blocks->table && !weight.levels) return dot_lookup(weight, row_block, *blocks, sums);
-  dot<Avx2>(weight, row_block, blocks, count, sums);
-}
-
 }  // namespace
 
-const Isa kAvx2{"avx2", dot_avx2, bit_dot_avx2, Avx2::unpack, table_bytes, fill_table};
+const Isa kAvx2{"avx2", dot_or_look_up<Avx2>, bit_dot_avx2, Avx2::unpack, table_bytes, fill_table};
 
 }  // namespace kbit
 

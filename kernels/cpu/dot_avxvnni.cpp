@@ -5,6 +5,7 @@
 
 #include "bit_vectors.h"
 #include "dot_avx2.h"
+#include "lookup_avx2.h"
 
 namespace kbit {
 namespace {
@@ -31,7 +32,7 @@ using AvxVnni = Avx2Dot<add_all_rows<Bytes>>;
 
 }  // namespace
 
-const Isa kAvxVnni{"avxvnni", dot<AvxVnni>, bit_dot_avx2, AvxVnni::unpack};
+const Isa kAvxVnni{"avxvnni", dot_or_look_up<AvxVnni>, bit_dot_avx2, AvxVnni::unpack, table_bytes, fill_table};
 
 }  // namespace kbit
 

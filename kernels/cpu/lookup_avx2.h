@@ -127,5 +127,12 @@ inline void dot_lookup(const TiledWeight& weight, int64_t row_block, const Activ
   }
 }
 
+// A DotKernel.
+template <class Machine>
+void dot_or_look_up(const TiledWeight& weight, int64_t row_block, const ActivationBlock* blocks, int64_t count, float* sums) {
+  if (count == 1 && blocks->table && !weight.levels) return dot_lookup(weight, row_block, *blocks, sums);
+  dot<Machine>(weight, row_block, blocks, count, sums);
+}
+
 }  // namespace
 }  // namespace kbit
