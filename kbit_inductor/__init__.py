@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from kbit_inductor.backend import kbit
+from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
+    BudgetError,
     EmptyCalibrationError,
     EmptyPromptError,
     InterruptedStreamError,
@@ -40,6 +42,7 @@ from kbit_inductor.restore import restore_
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "Calibration",
     "Config",
     "EmptyCalibrationError",
@@ -58,6 +61,8 @@ __all__ = [
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "Plan",
+    "PlannedLayer",
     "PromptTooLongError",
     "ReleasedWeightError",
     "TooManyTokensError",
@@ -71,6 +76,7 @@ __all__ = [
     "explain",
     "generate",
     "kbit",
+    "plan",
     "register_quantizer",
     "restore_",
 ]

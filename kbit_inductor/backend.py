@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from kbit_inductor import logs
 from kbit_inductor._compat import copy_graph, inductor
 from kbit_inductor.binding import Binding
+from kbit_inductor.bits.graph import with_bits
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
 from kbit_inductor.errors import KbitError, ReleasedWeightError
@@ -65,6 +66,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     copied = copy_graph(gm)
     weights = find_weights(copied.graph, example_inputs, config)
     check_overrides(config, weights, example_inputs)
+    if config.bits == "auto":
+        config = with_bits(config, weights, example_inputs)
+        weights = find_weights(copied.graph, example_inputs, config)
     context = begin(copied.graph, weights, config)
     lowered = pipeline.run(context)
     copied.graph.lint()

@@ -38,7 +38,7 @@ def calibrate(
         model: on float weights, in eager, as it will be used.
         data: a batch, or an iterable of batches such as a ``DataLoader``. A batch is a tensor, the model's first argument; a tuple,
             its arguments; a mapping, its keywords; or a text, which the tokenizer turns into keywords and which is cut after 512
-            tokens. A list is an iterable of batches.
+            tokens. A list or tuple of batches is an iterable of them.
         config: says which layers, and by their quantizers what is kept.
         tokenizer: of texts, as Hugging Face's are called.
 
@@ -89,7 +89,7 @@ def batches(
     data: Any, tokenizer: Callable[..., Mapping[str, Any]] | None, model: nn.Module
 ) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
     """The arguments and keywords of each call of ``model``; see :func:`calibrate` for what ``data`` may be."""
-    several = isinstance(data, Iterable) and not isinstance(data, (Tensor, Mapping, tuple, str))
+    several = isinstance(data, Iterable) and not isinstance(data, (Tensor, Mapping, str))
     for batch in data if several else (data,):
         if isinstance(batch, str):
             if tokenizer is None:

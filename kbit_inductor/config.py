@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
@@ -15,6 +15,7 @@ from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
 LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook")
 
 
@@ -41,7 +42,7 @@ class LayerConfig:
     codebook: str = "uniform"
 
     def __post_init__(self) -> None:
-        _integer("bits", self.bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")
+        self._check_bits()
         _integer("group_size", self.group_size, lambda v: v == -1 or v >= 1, "a positive integer, or -1 for a whole row")
         if not isinstance(self.symmetric, bool):
             raise InvalidOptionError(f"option 'symmetric' is {self.symmetric!r}; give True or False")
@@ -52,6 +53,9 @@ class LayerConfig:
             _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
         if self.codebook not in CODEBOOK_NAMES:
             raise InvalidOptionError(f"option 'codebook' is {self.codebook!r}; give one of {', '.join(CODEBOOK_NAMES)}")
+
+    def _check_bits(self) -> None:
+        _integer("bits", self.bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")
 
     def storage(self) -> LayerConfig:
         """The part that says how the weight is stored: equal for layers that can share a packed weight."""
@@ -77,6 +81,9 @@ class Config(LayerConfig):
     """Every option of the backend.
 
     Args:
+        bits: as for a layer, or ``"auto"``: chosen for each layer under ``average_bits`` or ``memory_budget``, one of the two.
+        average_bits: mean bits of a weight, scales not counted.
+        memory_budget: bytes of all the model's weights, packed or not, as a number or a text such as ``"90 MB"``.
         skip: layer names, or ``"re:…"`` patterns, that stay in float.
         overrides: layer name, or ``"re:…"`` pattern (matched against the whole name), to a mapping with any of the options
             above. The last entry that matches wins.
@@ -90,6 +97,9 @@ class Config(LayerConfig):
         InvalidOptionError: a value that its option does not take.
     """
 
+    bits: int | Literal["auto"] = 4  # type: ignore[assignment]  # a layer's bits are a number in the end
+    average_bits: float | None = None
+    memory_budget: int | str | None = None
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     min_elements: int = 1024
@@ -117,6 +127,40 @@ class Config(LayerConfig):
         for pattern in (*self.skip, *self.overrides):
             _check_pattern(pattern)
 
+    def _check_bits(self) -> None:
+        budgets = [name for name in ("average_bits", "memory_budget") if getattr(self, name) is not None]
+        if self.bits != "auto":
+            super()._check_bits()
+            if budgets:
+                raise InvalidOptionError(f"option {budgets[0]!r} goes with bits='auto'; bits is {self.bits!r}")
+            return
+        if len(budgets) != 1:
+            raise InvalidOptionError(f"bits='auto' goes with one of 'average_bits' and 'memory_budget'; {len(budgets)} are given")
+        average = self.average_bits
+        if average is not None and (
+            isinstance(average, bool) or not isinstance(average, (int, float)) or not 1 <= average <= MAX_BITS
+        ):
+            raise InvalidOptionError(f"option 'average_bits' is {average!r}; give a number from 1 to {MAX_BITS}")
+        if self.memory_budget is not None:
+            byte_count(self.memory_budget)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """``memory_budget`` in bytes."""
+        return None if self.memory_budget is None else byte_count(self.memory_budget)
+
+    def pinned_bits(self, name: str) -> int | None:
+        """The bits that ``overrides`` set for layer ``name``, or None."""
+        pinned = [options["bits"] for pattern, options in self.overrides.items() if "bits" in options and matches(pattern, name)]
+        return pinned[-1] if pinned else None
+
+    def planned(self, overrides: Mapping[str, Mapping[str, Any]]) -> Config:
+        """This config with the bits chosen: ``overrides`` come before its own, so that its own win."""
+        ours = {name: {**overrides.get(name, {}), **own} for name, own in self.overrides.items()}
+        merged = {**{name: bits for name, bits in overrides.items() if name not in ours}, **ours}
+        bits = PLACEHOLDER_BITS if self.bits == "auto" else self.bits
+        return dataclasses.replace(self, bits=bits, average_bits=None, memory_budget=None, overrides=merged)
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Config | None, mode: str | None = None) -> Config:
         """The config that ``torch.compile(…, mode=mode, options=options)`` asks for."""
@@ -136,6 +180,8 @@ class Config(LayerConfig):
         if any(matches(pattern, name) for pattern in self.skip):
             return None
         chosen = {key: getattr(self, key) for key in LAYER_OPTIONS}
+        if self.bits == "auto":
+            chosen["bits"] = PLACEHOLDER_BITS
         for pattern, options in self.overrides.items():
             if matches(pattern, name):
                 chosen |= options
@@ -147,6 +193,20 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return pattern == name
+
+
+def byte_count(amount: int | str) -> int:
+    """Bytes of ``"90 MB"`` and the like: B, kB, MB, GB in powers of 1000, KiB, MiB, GiB in powers of 1024, or a plain number.
+
+    Raises:
+        InvalidOptionError: neither.
+    """
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?i?B)?\s*", str(amount))
+    if isinstance(amount, (bool, float)) or matched is None:
+        raise InvalidOptionError(f"option 'memory_budget' is {amount!r}; give bytes, or a text such as '90 MB' or '1.5 GiB'")
+    unit = (matched[2] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(matched[1]) * base ** " KMG".index(unit[0] if len(unit) > 1 else " "))
 
 
 def _integer(option: str, value: object, accept: Any, wanted: str) -> None:

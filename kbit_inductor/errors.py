@@ -31,6 +31,10 @@ class UnsupportedShapeError(KbitError, ValueError):
     """A weight that is neither a matrix nor a batch of matrices."""
 
 
+class BudgetError(KbitError, ValueError):
+    """A budget for ``bits="auto"`` that even the least bits exceed."""
+
+
 class EmptyCalibrationError(KbitError, ValueError):
     """Calibration data without a batch, or that gives no layer a row."""
 

@@ -83,12 +83,12 @@ def test_a_hessian_is_kept_only_where_it_is_asked_for():
     [
         [IDS[:1], IDS[1:]],
         [{"ids": IDS[:2]}, {"ids": IDS[2:]}],
-        (IDS, None),
-        [(IDS[:3],), (IDS[3:], None)],
+        [(IDS, None)],
+        IDS.split(1),
         DataLoader(IDS, batch_size=2),
         (row[None] for row in IDS),
     ],
-    ids=["tensors", "mappings", "arguments", "tuples", "DataLoader", "generator"],
+    ids=["tensors", "mappings", "arguments", "tuple", "DataLoader", "generator"],
 )
 def test_every_form_of_data_gives_the_same(data):
     model = Model()

@@ -23,7 +23,7 @@ from kbit_inductor.quantizers.levels import Levels
 from kbit_inductor.quantizers.statistics import Statistics
 
 log = logger("pack")
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
+DAMPING = 0.2  # of the mean of the diagonal, added to it: the Hessian is an estimate from few rows of other data than will come
 
 
 def gptq(weight: Tensor, format: Format, statistics: Statistics | None = None) -> Quantized:
