@@ -20,10 +20,10 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu test sanitize lint format typecheck typing-tree compiler clean distclean
+.PHONY: help demo bench-cpu bench-quality test sanitize lint format typecheck typing-tree compiler clean distclean
 
 help:  ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=/path/to/python3 chooses the interpreter that makes $(VENV) (3.$(OLDEST) to 3.$(NEWEST))."
 
 demo: compiler $(VENV)/.installed  ## compress and compile real models, and report; results in demo-output/
@@ -42,6 +42,11 @@ $(VENV)/.bench: $(VENV)/.installed
 bench-cpu: compiler $(VENV)/.bench  ## compare with other libraries on this CPU: an hour; ARGS=--quick: two minutes
 	@echo "== CPU benchmarks"
 	@$(BIN)/python benchmarks/cpu/run.py $(ARGS)
+
+# Peers other than llama.cpp are measured where they are installed: pip install hqq torchao
+bench-quality: compiler $(VENV)/.bench  ## compare quality per bit; ARGS='--models FOLDER… --text FILE --calibration FILE'
+	@echo "== quality per bit"
+	@$(BIN)/python benchmarks/quality/run.py $(ARGS)
 
 test: compiler $(VENV)/.installed  ## run the tests and measure their coverage
 	@echo "== tests"

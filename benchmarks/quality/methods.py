@@ -1,0 +1,113 @@
+"""The methods that are compared: each turns a matrix into the one that its codes stand for, and tells the bytes of them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cpu import ggml
+from torch import Tensor
+
+from kbit_inductor import LayerConfig
+from kbit_inductor.packing import pack
+from kbit_inductor.quantizers import Statistics
+
+Rounded = tuple[Tensor, int]
+"""The values ``[N, K]`` that are left of a matrix, and the bytes of what is stored."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to round a matrix.
+
+    Attributes:
+        family: whose it is; one line of the picture.
+        name: with its parameters.
+        apply: ``(weight, statistics of its inputs) -> Rounded``.
+        package: that must be importable.
+    """
+
+    family: str
+    name: str
+    apply: Callable[[Tensor, Statistics | None], Rounded]
+    package: str = "kbit_inductor"
+
+    def reason_missing(self) -> str | None:
+        """Why it cannot be measured here, or None."""
+        return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
+
+
+def ours(config: LayerConfig, calibrated: bool, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """Packed by this library."""
+    packed = pack(weight, config, statistics=statistics if calibrated else None)
+    return packed.dequantize(), packed.nbytes
+
+
+def hqq(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """HQQ's own quantizer at its defaults; scales and zero points count as float16."""
+    from hqq.core.quantize import Quantizer
+
+    codes, meta = Quantizer.quantize(weight, nbits=bits, group_size=group_size, axis=1, device="cpu", compute_dtype=torch.float32)
+    grids = 2 * (meta["scale"].numel() + meta["zero"].numel())
+    return Quantizer.dequantize(codes, meta), codes.nbytes + grids
+
+
+def torchao(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """torchao's affine codes, as its weight-only uintx and int4 have them: a scale and a zero point of 16 bits per group."""
+    from torchao.quantization import quant_primitives as primitives
+
+    block, last = (1, group_size), 2**bits - 1
+    mapping = primitives.MappingType.ASYMMETRIC
+    scale, zero = primitives.choose_qparams_affine(weight, mapping, block, torch.uint8, 0, last, eps=1e-6)
+    codes = primitives.quantize_affine(weight, block, scale, zero, torch.uint8, 0, last)
+    values = primitives.dequantize_affine(codes, block, scale.half().float(), zero, torch.uint8, 0, last)
+    return values, -(-codes.numel() * bits // 8) + 2 * (scale.numel() + zero.numel())
+
+
+# What llama.cpp takes where rows are no multiple of 256.
+FALLBACKS = {"q6_K": "q8_0", "q5_K": "q5_1", "q4_K": "q5_0", "q3_K": "q4_0", "q2_K": "q4_0"}
+
+
+def llama_cpp(kind: str, calibrated: bool, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """A type of llama.cpp, with an importance matrix or without."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    library = ggml.library()
+    rows, columns = weight.shape
+    number = GGMLQuantizationType[kind.upper()]
+    if columns % library.blck_size(number):
+        return llama_cpp(FALLBACKS[kind], calibrated, weight, statistics)
+    blocks = np.empty((rows, library.row_size(number, columns)), np.uint8)
+    source = weight.float().contiguous()
+    importance = statistics.mean_square.contiguous() if calibrated and statistics is not None else None
+    pointer = None if importance is None else importance.data_ptr()
+    library.quantize_chunk(number, source.data_ptr(), blocks.ctypes.data, 0, rows, columns, pointer)
+    return torch.from_numpy(dequantize(blocks, number).copy()), blocks.nbytes
+
+
+def methods() -> list[Method]:
+    """All of them."""
+    found = []
+    for bits in range(2, 9):
+        for label, quantizer, codebook, calibrated in (
+            ("rtn", "rtn", "uniform", False),
+            ("clip", "clip", "uniform", False),
+            ("clip, calibrated", "clip", "uniform", True),
+            ("gptq", "gptq", "uniform", True),
+            ("gptq, normal", "gptq", "normal", True),
+        ):
+            config = LayerConfig(bits, 64, quantizer=quantizer, codebook=codebook)
+            found.append(Method(f"kbit {label}", f"{bits} bits", functools.partial(ours, config, calibrated)))
+    for bits in (2, 3, 4, 8):
+        found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
+    for bits in range(2, 9):
+        found.append(Method("torchao", f"{bits} bits", functools.partial(torchao, bits, 64), "torchao"))
+    for label, calibrated in (("llama.cpp", False), ("llama.cpp, imatrix", True)):
+        for kind in ("q2_K", "q3_K", "q4_0", "q4_K", "q5_K", "q6_K", "q8_0"):
+            found.append(Method(label, kind.upper(), functools.partial(llama_cpp, kind, calibrated), "llama_cpp"))
+    return found
