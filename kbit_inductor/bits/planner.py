@@ -97,11 +97,14 @@ def siblings(model: nn.Module, batch: tuple[tuple[Any, ...], Mapping[str, Any]])
 
 
 def probe(units: Sequence[Unit], divergence: Divergence, calibration: Calibration) -> None:
-    """Measure what an error of each unit costs: its divergence over its error, at :data:`PROBE_BITS`."""
+    """Measure what an error of each unit costs: its divergence over its error, at :data:`PROBE_BITS`.
+
+    By the clip search: a quantizer that is fitted to the outputs on this very data would hide there what it costs on other data.
+    """
     with Progress(len(units), "probing layers") as progress:
         for unit in units:
             unit.measure(PROBE_BITS, calibration)
-            caused = divergence.of(unit.pack(PROBE_BITS, calibration))
+            caused = divergence.of(unit.pack(PROBE_BITS, calibration, "clip"))
             error = unit.errors[PROBE_BITS]
             unit.factor = max(caused, 0.0) / error if error else 0.0
             progress.advance(unit.names[0])

@@ -1,0 +1,78 @@
+"""The benchmark of quality per bit on a tiny model: what it counts and measures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from quality import measures, methods, run  # noqa: E402
+
+VOCABULARY = 256
+
+
+def tiny():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=VOCABULARY, tie_word_embeddings=True)).eval()
+
+
+def test_a_model_compared_with_itself_does_not_diverge(one_thread_without_grad):
+    model, text = tiny(), measures.windows(range(100), 32, 3)
+    assert text.shape == (3, 32)
+    exact = measures.logits(model, text)
+    summary = measures.score(exact, exact, text).summary()
+    assert summary["kl"] == 0 and summary["top1"] == 1
+    losses = [float(model(window[None], labels=window[None]).loss) for window in text]
+    assert summary["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+
+
+def test_windows_end_with_the_text():
+    assert measures.windows(range(70), 32, 5).shape == (2, 32)
+
+
+@pytest.mark.parametrize("method", methods.methods(), ids=lambda method: f"{method.family} {method.name}")
+def test_every_method_is_near_the_weight_for_its_bytes(method):
+    if method.reason_missing():
+        pytest.skip(method.reason_missing())
+    torch.manual_seed(0)
+    weight = torch.randn(32, 256)
+    values, nbytes = method.apply(weight, None)
+    bits = 8 * nbytes / weight.numel()
+    assert values.shape == weight.shape and 2 < bits < 9
+    # Twice what the most careless grid for a Gaussian, from end to end of a group, has at one bit less than all that is stored.
+    assert float((values - weight).square().mean()) < 2 * (5 / 2 ** (bits - 1)) ** 2 / 12
+
+
+def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, one_thread_without_grad):
+    monkeypatch.setattr(run.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: tiny())
+    monkeypatch.setattr(run.AutoTokenizer, "from_pretrained", lambda folder: lambda text: {"input_ids": list(text.encode())})
+    monkeypatch.setattr(methods, "methods", lambda: [m for m in ALL if m.family == "kbit clip" and m.name in ("2 bits", "4 bits")])
+    (tmp_path / "text").write_text("The text that is predicted. " * 20)
+    (tmp_path / "other").write_text("Another text for calibration. " * 20)
+    run.main(
+        ["--models", "tiny", "--text", str(tmp_path / "text"), "--calibration", str(tmp_path / "other"), "--length", "32",
+         "--windows", "4", "--calibration-windows", "2", "--averages", "3.5", "--output", str(tmp_path)]
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "quality.json").read_text())["models"]["tiny"]["rows"]
+    assert [row["family"] for row in rows] == ["float32", "kbit clip", "kbit clip", "kbit auto"]
+    assert rows[1]["kl"] > rows[2]["kl"] > rows[0]["kl"] == 0
+    assert 0 < rows[3]["kl"] < 0.01 and "under 3.5 bits on average" in rows[3]["verdict"]
+    assert rows[1]["bits"] == pytest.approx(2.5, abs=0.02) and rows[3]["bits"] <= 4.02
+    assert "| tiny | kbit auto | 3.5 bits |" in (tmp_path / "quality.md").read_text()
+    assert (tmp_path / "quality.png").stat().st_size > 0
+
+
+ALL = methods.methods()
