@@ -25,6 +25,7 @@ from kbit_inductor.store import STORE, Slot
 
 log = logs.logger("capture")
 kernel_log = logs.logger("kernels")
+pack_log = logs.logger("pack")
 Compiled = Callable[..., Any]
 
 
@@ -126,6 +127,9 @@ def _log_matches(context: Context, lowered: Lowered, inputs: Sequence[Any]) -> N
     for name, reasons in context.reasons.items():
         log.info("%s stays in float: %s", name, "; ".join(reasons))
     _log_fallbacks(lowered)
+    for reason in dict.fromkeys(slot.lacks(inputs[slot.argument]) for slot in lowered.slots):
+        if reason is not None:
+            _warn_lacking(reason)
     if torch.is_grad_enabled():
         _log_frozen({slot.name: inputs[slot.argument] for slot in lowered.slots})
 
@@ -142,6 +146,12 @@ def _log_fallbacks(lowered: Lowered) -> None:
 def _warn_slow(why: str) -> None:
     """Once for each reason, which all graphs of a model share."""
     kernel_log.warning("weights are read by the slow reference kernel. %s", why)
+
+
+@functools.cache
+def _warn_lacking(reason: str) -> None:
+    """Once for each quantizer."""
+    pack_log.warning("%s", reason)
 
 
 def _log_constants(gm: fx.GraphModule) -> None:

@@ -34,7 +34,7 @@ class LayerReport:
         name: of the layer.
         shape: ``(N, K)`` of the matrix, ``(E, N, K)`` of a batch, or the parameter's shape where it is not matched.
         matched: whether a packed form takes its place.
-        reasons: why not, or why its floats are needed besides.
+        reasons: why not, or why its floats are needed besides, or what the quantizer does without.
         uses: how it is used, ``"linear"``, ``"embedding"``, ``"batched_linear"`` or ``"grouped_linear"``, once for each node.
         config: bits, group size and so on; None when not matched.
         bytes_before: of the float matrix.
@@ -199,13 +199,14 @@ def _reports(
 
 def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
     packed = STORE.find(weight, slot) or slot.pack(weight)
+    lacks = slot.lacks(weight)
     first = uses[0][0]
     shape = (*(() if first.batch is None else (first.batch,)), first.rows, first.columns)
     return LayerReport(
         name=slot.name,
         shape=shape,
         matched=True,
-        reasons=tuple(context.reasons.get(slot.name, ())),
+        reasons=(*context.reasons.get(slot.name, ()), *(() if lacks is None else (lacks,))),
         uses=tuple(use.family for use, _ in uses),
         config=slot.form.config,
         bytes_before=math.prod(shape) * weight.element_size(),

@@ -23,5 +23,5 @@ def check_instruction_set() -> None:
         return
     if wanted not in known:
         raise InvalidOptionError(f"KBIT_ISA is {wanted!r}, which is no instruction set; it can be {', '.join(known)}")
-    if registry._cpu_library_problem() is None and wanted not in (usable := torch.ops.kbit.isas_cpu()):
+    if registry.cpu_library_problem() is None and wanted not in (usable := torch.ops.kbit.isas_cpu()):
         raise InvalidOptionError(f"KBIT_ISA is {wanted!r}, which this machine does not have; it can be {', '.join(usable)}")

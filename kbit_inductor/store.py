@@ -28,6 +28,7 @@ from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import Progress
+from kbit_inductor.quantizers import QUANTIZERS, Statistics
 from kbit_inductor.release import Owners, is_released, release
 from kbit_inductor.views import WeightView
 
@@ -67,8 +68,20 @@ class Slot:
     def pack(self, weight: Tensor) -> PackedWeight:
         """``weight``, the argument, packed anew."""
         matrix = self.form.view.apply(weight.detach())
-        statistics = None if self.calibration is None else self.calibration.of(weight, matrix.size(-1))
-        return pack(matrix, self.form.config, self.name, self.form.layout, statistics)
+        return pack(matrix, self.form.config, self.name, self.form.layout, self._statistics(weight))
+
+    def lacks(self, weight: Tensor) -> str | None:
+        """What the quantizer is made for and has to do without, or None when it has all that it needs."""
+        name = self.form.config.quantizer
+        if QUANTIZERS[name].needs != "hessian":
+            return None
+        statistics = self._statistics(weight)
+        if statistics is not None and statistics.hessian is not None:
+            return None
+        return f"quantizer {name!r} does without the Hessian that it is made for; give its inputs' by the option 'calibration'"
+
+    def _statistics(self, weight: Tensor) -> Statistics | None:
+        return None if self.calibration is None else self.calibration.of(weight, self.form.view.columns(weight))
 
 
 @dataclass

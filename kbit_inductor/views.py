@@ -46,6 +46,10 @@ class WeightView:
             weight = _seen(_laid_out(weight, memory), memory, window)
         return weight
 
+    def columns(self, weight: Tensor) -> int:
+        """The matrix's last size; ``weight`` is not read, and need not hold its values any more."""
+        return self.chain[-1][1].size[-1] if self.chain else weight.size(-1)
+
     def assign(self, weight: Tensor, values: Tensor) -> None:
         """Write ``values`` to where the matrix lies in ``weight``."""
         if not self.chain:

@@ -14,4 +14,4 @@ def quantize_operator(weight: Tensor) -> ops.Operator | None:
 
 
 def _is_compiled() -> bool:
-    return registry._cpu_library_problem() is None
+    return registry.cpu_library_problem() is None

@@ -109,7 +109,7 @@ def choose(problem: Problem, kernels: Sequence[Kernel] | None = None) -> Choice:
 
 
 @functools.cache
-def _cpu_library_problem() -> str | None:
+def cpu_library_problem() -> str | None:
     """Why the compiled CPU library is not there, or None when it is loaded."""
     try:
         build.load()
@@ -133,7 +133,7 @@ def _cpu_supports(problem: Problem) -> str | None:
         return f"runs on a CPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
-    return _cpu_library_problem()
+    return cpu_library_problem()
 
 
 def _bits_supports(problem: Problem) -> str | None:

@@ -21,7 +21,7 @@ LAYOUTS = {"": "planes", "_cpu": "tiled"}
 
 @pytest.fixture(autouse=True, scope="module")
 def _cpu_kernels():
-    assert registry._cpu_library_problem() is None
+    assert registry.cpu_library_problem() is None
 
 
 def call(family: str, suffix: str, packed: PackedWeight, x: Tensor, where: Tensor | None, rows: int, bits: int = 16) -> tuple:

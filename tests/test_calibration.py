@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import kbit_inductor as kbit
+from kbit_inductor import backend
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.packing import pack
@@ -210,6 +211,20 @@ class Block(nn.Module):
 def data(rows, seed=0):
     """Inputs of which one column in eight is large: always the same ones."""
     return normal((rows, 64), seed) * torch.where(torch.arange(64) % 8 == 0, 10.0, 0.3)
+
+
+def test_a_quantizer_without_the_hessian_it_is_made_for_is_told(one_thread_without_grad, caplog):
+    model, options = Block().eval(), {"quantizer": "gptq", "min_elements": 0}
+    (layer,) = kbit.explain(model, data(4), config=options).layers
+    assert layer.matched and "Hessian" in layer.reasons[0] and "'calibration'" in layer.reasons[0]
+    backend._warn_lacking.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="kbit_inductor"):
+        for block in (model, Block().eval()):
+            torch.compile(block, backend="kbit", options=options)(data(4))
+    assert caplog.text.count("Hessian") == 1
+    calibration = kbit.calibrate(model, data(64), options)
+    (layer,) = kbit.explain(model, data(4), config={**options, "calibration": calibration}).layers
+    assert layer.matched and not layer.reasons
 
 
 @pytest.mark.parametrize("quantizer", ["clip", "gptq"])

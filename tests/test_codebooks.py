@@ -90,9 +90,9 @@ def test_the_nearest_level_is_the_nearest(bits, data):
 @pytest.fixture(params=["compiled", "pytorch"])
 def _form(request, monkeypatch):
     """Both forms of quantizing; tests/test_cpu_kernels.py compares one with the other."""
-    assert registry._cpu_library_problem() is None
+    assert registry.cpu_library_problem() is None
     if request.param == "pytorch":
-        monkeypatch.setattr(registry, "_cpu_library_problem", lambda: "not in this test")
+        monkeypatch.setattr(registry, "cpu_library_problem", lambda: "not in this test")
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -212,7 +212,7 @@ def test_a_compiled_model_computes_with_the_levels(name, batch):
 
 
 def test_without_the_compiled_kernels_the_reference_computes_the_same(monkeypatch):
-    monkeypatch.setattr(registry, "_cpu_library_problem", lambda: "not in this test")
+    monkeypatch.setattr(registry, "cpu_library_problem", lambda: "not in this test")
     model, x = torch.nn.Sequential(torch.nn.Linear(72, 40)).eval(), torch.randn(3, 72)
     options = {"codebook": "normal", "min_elements": 0}
     with torch.no_grad():

@@ -35,7 +35,7 @@ dtypes = st.sampled_from(DTYPES)
 def in_pytorch(function, *arguments):
     """What ``function`` gives when there is no compiled library."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_cpu_library_problem", lambda: "not in this test")
+        patch.setattr(registry, "cpu_library_problem", lambda: "not in this test")
         return function(*arguments)
 
 

@@ -60,15 +60,21 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
 
 
+def matched(model, *inputs):
+    """The report of the one weight of ``model``, which must be packed, and the results with it and with its dequantized copy."""
+    with torch.no_grad():
+        (layer,) = kbit.explain(model, *inputs).layers
+        actual = torch.compile(model, backend="kbit", fullgraph=True)(*inputs)
+        expected = dequantized_copy(model)(*inputs)
+    assert layer.matched
+    assert not layer.reasons
+    return layer, actual, expected
+
+
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_is_matched(name, without_inductor):
     model, x, index = Product(*SPELLINGS[name]), torch.randn(S, K), torch.tensor(INDEX)
-    with torch.no_grad():
-        (layer,) = kbit.explain(model, x, index).layers
-        actual = torch.compile(model, backend="kbit", fullgraph=True)(x, index)
-        expected = dequantized_copy(model)(x, index)
-    assert layer.matched
-    assert not layer.reasons
+    layer, actual, expected = matched(model, x, index)
     assert layer.uses == ("batched_linear",)
     assert layer.bytes_after < layer.bytes_before / 4
     assert actual.shape == expected.shape
@@ -79,12 +85,7 @@ def test_every_spelling_is_matched(name, without_inductor):
 def test_grouped_products_are_matched(product, without_inductor):
     model = Product((E, N, K), lambda x, w, offsets: product(x, w.mT, offs=offsets)).bfloat16()
     x, offsets = torch.randn(S, K, dtype=torch.bfloat16), torch.tensor([3, 3, S], dtype=torch.int32)
-    with torch.no_grad():
-        (layer,) = kbit.explain(model, x, offsets).layers
-        actual = torch.compile(model, backend="kbit", fullgraph=True)(x, offsets)
-        expected = dequantized_copy(model)(x, offsets)
-    assert layer.matched
-    assert not layer.reasons
+    layer, actual, expected = matched(model, x, offsets)
     assert layer.uses == ("grouped_linear",)
     assert layer.shape == (E, N, K)
     # The dequantized weight is rounded to bfloat16, and so are both results.

@@ -115,7 +115,7 @@ def test_a_warning_names_a_weight_that_changes_at_every_call(caplog):
 def test_the_reference_takes_over_visibly_without_a_compiler(monkeypatch, caplog):
     from kbit_inductor.lowering import registry
 
-    monkeypatch.setattr(registry, "_cpu_library_problem", lambda: "no g++ here")
+    monkeypatch.setattr(registry, "cpu_library_problem", lambda: "no g++ here")
     model, x = Model(), torch.randn(3, 64)
     with torch.no_grad(), caplog.at_level("WARNING", "kbit_inductor"):
         assert_compiled_is_right(torch.compile(model, backend="kbit"), model, x)

@@ -14,7 +14,7 @@ SUFFIXES = ["", "_cpu"]
 
 @pytest.fixture(autouse=True, scope="module")
 def _cpu_kernels():
-    assert registry._cpu_library_problem() is None
+    assert registry.cpu_library_problem() is None
 
 
 def operands(packed: PackedWeight) -> tuple:

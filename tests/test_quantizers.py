@@ -24,11 +24,11 @@ NAMES = st.sampled_from(DATA_FREE)
 def _form(request):
     """Every property holds for both forms; tests/test_cpu_kernels.py compares one with the other."""
     if request.param == "compiled":
-        assert registry._cpu_library_problem() is None
+        assert registry.cpu_library_problem() is None
         yield
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(registry, "_cpu_library_problem", lambda: "not in this test")
+            patch.setattr(registry, "cpu_library_problem", lambda: "not in this test")
             yield
 
 

@@ -88,17 +88,15 @@ inline void add_rows(const Segment& segment, const ActivationSegment& x, int str
   }
 }
 
+template <class Products, int Rows>
+inline void add_rows_from(const Segment& segment, const ActivationSegment& x, int rows, int first, float* sums) {
+  for (; first + Rows <= rows; first += Rows) add_rows<Products, Rows>(segment, x, rows, first, sums);
+  if constexpr (Rows > 1) add_rows_from<Products, Rows - 1>(segment, x, rows, first, sums);
+}
+
 template <class Products>
 inline void add_all_rows(const Segment& segment, const ActivationSegment& x, int rows, float* sums) {
-  constexpr int kRows = Products::kRows;
-  int first = 0;
-  for (; first + kRows <= rows; first += kRows) add_rows<Products, kRows>(segment, x, rows, first, sums);
-  switch (rows - first) {
-    case 1: return add_rows<Products, 1>(segment, x, rows, first, sums);
-    case 2: if constexpr (kRows > 2) return add_rows<Products, 2>(segment, x, rows, first, sums);
-    case 3: if constexpr (kRows > 3) return add_rows<Products, 3>(segment, x, rows, first, sums);
-    default: return;
-  }
+  add_rows_from<Products, Products::kRows>(segment, x, rows, 0, sums);
 }
 
 // The machine of dot(), of which `add(segment, activations, rows, sums)` is how an instruction set multiplies.
