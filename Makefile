@@ -20,7 +20,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality test sanitize lint format typecheck typing-tree compiler clean distclean
+.PHONY: help demo bench-cpu bench-quality test coverage sanitize lint format typecheck typing-tree compiler clean distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,9 +48,16 @@ bench-quality: compiler $(VENV)/.bench  ## compare quality per bit; ARGS='--mode
 	@echo "== quality per bit"
 	@$(BIN)/python benchmarks/quality/run.py $(ARGS)
 
-test: compiler $(VENV)/.installed  ## run the tests and measure their coverage
+# Files in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+test: compiler $(VENV)/.installed  ## run the tests
 	@echo "== tests"
-	@$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
+	@$(PYTEST)
+
+coverage: compiler $(VENV)/.installed  ## run the tests and measure their coverage: a quarter longer
+	@echo "== tests, with coverage"
+	@$(PYTEST) --cov --cov-report=term
 
 # The kernels are built anew with the sanitizers in them, in a cache of the tests' own. Python itself is not built with them, so they
 # are loaded first; what it never frees is no leak of ours.

@@ -30,6 +30,18 @@ settings.register_profile("kbit-ci", settings.get_profile("kbit"), derandomize=T
 settings.load_profile("kbit-ci" if os.environ.get("CI") else "kbit")
 
 
+# A worker takes a file at a time, in this order: a long one that came last would keep one worker busy and no other.
+LONGEST_FILES = (
+    "test_transformers.py", "test_benchmarks.py", "test_triton_kernels.py", "test_packaging.py", "test_generator.py",
+    "test_generate.py", "test_caches.py", "test_cpu_build.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: position for position, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_torch() -> Iterator[None]:
     torch.manual_seed(0)
