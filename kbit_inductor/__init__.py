@@ -11,12 +11,15 @@ from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
+    BrokenPassError,
     BudgetError,
     EmptyCalibrationError,
     EmptyPromptError,
     InterruptedStreamError,
+    InvalidKernelError,
     InvalidOptionError,
     InvalidPaddingError,
+    InvalidPassError,
     InvalidPromptError,
     InvalidSamplingError,
     KbitError,
@@ -24,6 +27,7 @@ from kbit_inductor.errors import (
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
+    PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
     TooManyTokensError,
@@ -36,12 +40,16 @@ from kbit_inductor.errors import (
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
+from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BrokenPassError",
     "BudgetError",
     "Calibration",
     "Config",
@@ -50,8 +58,10 @@ __all__ = [
     "Explanation",
     "Generator",
     "InterruptedStreamError",
+    "InvalidKernelError",
     "InvalidOptionError",
     "InvalidPaddingError",
+    "InvalidPassError",
     "InvalidPromptError",
     "InvalidSamplingError",
     "KbitError",
@@ -61,6 +71,8 @@ __all__ = [
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "Pass",
+    "PassOrderError",
     "Plan",
     "PlannedLayer",
     "PromptTooLongError",
@@ -77,6 +89,8 @@ __all__ = [
     "generate",
     "kbit",
     "plan",
+    "register_kernel",
+    "register_pass",
     "register_quantizer",
     "restore_",
 ]

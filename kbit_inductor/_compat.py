@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import InputType
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,6 +28,7 @@ __all__ = [
     "OpOverload",
     "StorageWeakRef",
     "below_autograd",
+    "cache_tag",
     "copy_graph",
     "graph_breaks",
     "inductor",
@@ -74,6 +76,12 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> C
     """Compile ``graph`` as ``torch.compile(mode=mode)`` would. ``inputs`` may be fake tensors of the graph's own fake mode."""
     patches = dict(list_mode_options(mode)) or None
     return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
+
+
+def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:
+    """Compile with ``tag`` in the keys of Inductor's and AOTAutograd's caches, besides one that the user has set."""
+    whole = ":".join(filter(None, (compiler_config.cache_key_tag, tag)))
+    return cast("contextlib.AbstractContextManager[Any]", compiler_config.patch(cache_key_tag=whole))  # type: ignore[attr-defined]
 
 
 def source_name(placeholder: fx.Node) -> str | None:

@@ -13,6 +13,7 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
+from kbit_inductor.quantizers.registry import find as find_quantizer
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
@@ -46,7 +47,7 @@ class LayerConfig:
         _integer("group_size", self.group_size, lambda v: v == -1 or v >= 1, "a positive integer, or -1 for a whole row")
         if not isinstance(self.symmetric, bool):
             raise InvalidOptionError(f"option 'symmetric' is {self.symmetric!r}; give True or False")
-        if self.quantizer not in QUANTIZERS:
+        if find_quantizer(self.quantizer) is None:
             raise InvalidOptionError(f"option 'quantizer' is {self.quantizer!r}; give one of {', '.join(sorted(QUANTIZERS))}")
         if self.activation_bits != "auto":
             wanted = "an integer from 1 to 8, 16, or 'auto'"

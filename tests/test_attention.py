@@ -124,7 +124,7 @@ def fusions(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
         run = backend.pipeline.run
-        patch.setattr(backend.pipeline, "run", lambda context: found.append(run(context)) or found[-1])
+        patch.setattr(backend.pipeline, "run", lambda gm, context, *rest: found.append(context) or run(gm, context, *rest))
         result = torch.compile(module, backend="kbit", options={"min_elements": 0, "bits": 8})(x)
     return found[-1].fusions["attention"], result
 
