@@ -31,6 +31,7 @@ __all__ = [
     "cache_tag",
     "copy_graph",
     "graph_breaks",
+    "hint",
     "inductor",
     "is_compiled_function",
     "is_transformed",
@@ -82,6 +83,11 @@ def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:
     """Compile with ``tag`` in the keys of Inductor's and AOTAutograd's caches, besides one that the user has set."""
     whole = ":".join(filter(None, (compiler_config.cache_key_tag, tag)))
     return cast("contextlib.AbstractContextManager[Any]", compiler_config.patch(cache_key_tag=whole))  # type: ignore[attr-defined]
+
+
+def hint(size: torch.SymInt) -> int:
+    """The number that a symbolic size has in the call being compiled, without a guard."""
+    return int(size.node.hint)
 
 
 def source_name(placeholder: fx.Node) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,14 @@ from kbit_inductor.binding import Binding
 from kbit_inductor.bits.graph import with_bits
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
+from kbit_inductor.debug.inspector import Inspector
 from kbit_inductor.errors import KbitError, ReleasedWeightError
 from kbit_inductor.instruction_set import check_instruction_set
 from kbit_inductor.overrides import check_overrides
 from kbit_inductor.passes import pipeline
 from kbit_inductor.passes.digest import digest
+from kbit_inductor.passes.pipeline import Observer
+from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import passes
 from kbit_inductor.release import MEND, is_released
 from kbit_inductor.store import STORE, Slot
@@ -54,7 +58,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     rewritten, context = capture(gm, example_inputs, config)
     _log_matches(context, example_inputs)
     _log_constants(gm)
-    kept = _kept_arguments(context, len(example_inputs))
+    kept = kept_arguments(context, len(example_inputs))
     floats = tuple((weight.argument, weight.name) for weight in context.weights if weight.argument in kept)
     with cache_tag(f"kbit-{digest(passes())}"):
         if not context.slots:
@@ -62,11 +66,28 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
             inner = inductor(gm if untouched else rewritten, example_inputs, config.mode)
             return _guarded(inner, floats)
         inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *itertools.chain(*context.operands)], config.mode)
-    return _guarded(_bound(inner, kept, tuple(context.slots)), floats)
+    return _guarded(bound(inner, kept, tuple(context.slots)), floats)
 
 
-def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[fx.GraphModule, Context]:
-    """A copy of ``gm`` that takes packed weights, with what was found."""
+def capture(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    chosen: Sequence[Pass] | None = None,
+    observers: Sequence[Observer] = (),
+) -> tuple[fx.GraphModule, Context]:
+    """A copy of ``gm`` that takes packed weights, with what was found.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: what it is called with.
+        config: the options.
+        chosen: the passes, in order; None for all that are registered.
+        observers: what looks on. Under ``debug`` an :class:`Inspector` is among them.
+
+    Raises:
+        BrokenPassError: under ``debug``, a pass that breaks the graph or its promise.
+    """
     check_instruction_set()
     copied = copy_graph(gm)
     weights = find_weights(copied.graph, example_inputs, config)
@@ -75,20 +96,22 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
         config = with_bits(config, weights, example_inputs)
         weights = find_weights(copied.graph, example_inputs, config)
     context = begin(copied.graph, weights, config)
-    pipeline.run(copied, context, passes())
+    if config.debug or os.environ.get("KBIT_DEBUG", "0") not in ("", "0"):
+        observers = (*observers, Inspector(example_inputs))
+    pipeline.run(copied, context, passes() if chosen is None else chosen, observers)
     copied.graph.lint()
     copied.recompile()
     return copied, context
 
 
-def _kept_arguments(context: Context, count: int) -> tuple[int, ...]:
+def kept_arguments(context: Context, count: int) -> tuple[int, ...]:
     """The positions of the original inputs that the rewritten graph still takes."""
     alive = set(context.graph.find_nodes(op="placeholder"))
     dropped = {weight.argument for weight in context.weights if weight.node not in alive}
     return tuple(i for i in range(count) if i not in dropped)
 
 
-def _bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
+def bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
     """``inner`` called with the weights that the arguments of this very call have, packed."""
 
     binding = Binding(STORE, slots)

@@ -91,6 +91,7 @@ class Config(LayerConfig):
         min_elements: weights with fewer elements stay in float.
         release_weights: free the float weights once they are packed.
         mode: as in ``torch.compile``; it reaches Inductor.
+        debug: check the graph after each pass, and log what the pass did: see docs/passes.md. Slow.
         calibration: statistics of the layers' inputs, from :func:`kbit_inductor.calibrate`, for the quantizers that use them.
 
     Raises:
@@ -106,13 +107,15 @@ class Config(LayerConfig):
     min_elements: int = 1024
     release_weights: bool = False
     mode: str = "default"
+    debug: bool = False
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _integer("min_elements", self.min_elements, lambda v: v >= 0, "an integer, zero or more")
-        if not isinstance(self.release_weights, bool):
-            raise InvalidOptionError(f"option 'release_weights' is {self.release_weights!r}; give True or False")
+        for name in ("release_weights", "debug"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidOptionError(f"option {name!r} is {getattr(self, name)!r}; give True or False")
         if self.mode not in MODES:
             raise InvalidOptionError(f"option 'mode' is {self.mode!r}; give one of {', '.join(MODES)}")
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
