@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from kbit_inductor.backend import kbit
+from kbit_inductor.bisect import Culprit, bisect
 from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
@@ -23,6 +24,7 @@ from kbit_inductor.errors import (
     InvalidPromptError,
     InvalidSamplingError,
     KbitError,
+    MissingPackageError,
     ModelCallError,
     NonFiniteActivationError,
     NonFiniteWeightError,
@@ -53,6 +55,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Config",
+    "Culprit",
     "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
@@ -67,6 +70,7 @@ __all__ = [
     "KbitError",
     "LayerConfig",
     "LayerReport",
+    "MissingPackageError",
     "ModelCallError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
@@ -84,6 +88,7 @@ __all__ = [
     "UnmatchedOverrideError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "bisect",
     "calibrate",
     "explain",
     "generate",

@@ -18,7 +18,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph_module import _format_import_block
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.package import sys_importer  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "copy_graph",
     "graph_breaks",
     "hint",
+    "import_block",
     "inductor",
     "is_compiled_function",
     "is_transformed",
@@ -130,6 +133,11 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
     modes: Iterator[FakeTensorMode] = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     with next(modes), torch.no_grad():
         return make_fx(function)(*inputs)
+
+
+def import_block(names: dict[str, Any]) -> str:
+    """The import statements that give the ``names`` which generated code of a graph refers to."""
+    return str(_format_import_block(names, sys_importer))
 
 
 def is_compiled_function(function: object) -> bool:

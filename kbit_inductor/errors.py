@@ -40,7 +40,19 @@ class PassOrderError(KbitError, ValueError):
 
 
 class BrokenPassError(KbitError, AssertionError):
-    """A pass that, under ``debug``, was seen to break a graph or the promise of its tier."""
+    """A pass that, under ``debug``, was seen to break a graph or the promise of its tier.
+
+    Attributes:
+        broken: the name of the pass.
+    """
+
+    def __init__(self, broken: str, message: str) -> None:
+        super().__init__(f"pass {broken!r} {message}")
+        self.broken = broken
+
+
+class MissingPackageError(KbitError, ImportError):
+    """A package that only a part of this one needs, and that is not installed."""
 
 
 class InvalidKernelError(KbitError, ValueError):

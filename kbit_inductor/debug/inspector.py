@@ -82,11 +82,12 @@ class Inspector:
             self._expected(context, then)
             node = next((name for name in now if name in then and distance(leaves(now[name]), leaves(then[name])) > MEANING), None)
             raise BrokenPassError(
-                f"pass {each.name!r} is {each.tier}, but what the graph means moved by {moved:.1e} (relative, in float64; "
-                f"{MEANING:.1e} is rounding), first at node {node!r}; kbit_inductor.bisect finds the layer"
+                each.name,
+                f"is {each.tier}, but what the graph means moved by {moved:.1e} (relative, in float64; "
+                f"{MEANING:.1e} is rounding), first at node {node!r}; kbit_inductor.bisect finds the layer",
             )
         if each.tier == "bitwise" and not identical(actual, self.actual):
-            raise BrokenPassError(f"pass {each.name!r} is bitwise, but outputs have other bits; declare it bounded, or mend it")
+            raise BrokenPassError(each.name, "is bitwise, but outputs have other bits; declare it bounded, or mend it")
         if each.tier == "bounded":
             self._check_rounding(each, actual, exact)
         self._remember(gm, context, actual, exact)
@@ -102,8 +103,8 @@ class Inspector:
         before, after = distance(self.actual, self.exact), distance(actual, exact)
         if after > WORSE * max(before, unit):
             raise BrokenPassError(
-                f"pass {each.name!r} is bounded, but the error of rounding grew from {before:.1e} to {after:.1e}, more than "
-                f"{WORSE:.0f} times"
+                each.name,
+                f"is bounded, but the error of rounding grew from {before:.1e} to {after:.1e}, more than {WORSE:.0f} times",
             )
 
 
@@ -122,7 +123,7 @@ def _lint(each: Pass, gm: fx.GraphModule) -> None:
     try:
         gm.graph.lint()
     except RuntimeError as error:
-        raise BrokenPassError(f"pass {each.name!r} left a graph that is not sound: {error}") from error
+        raise BrokenPassError(each.name, f"left a graph that is not sound: {error}") from error
 
 
 def _check_shapes(each: Pass, values: dict[fx.Node, Any]) -> None:
@@ -138,6 +139,7 @@ def _check_shapes(each: Pass, values: dict[fx.Node, Any]) -> None:
             sizes = zip(fake.shape, real.shape, strict=False)
             if fake.dim() != real.dim() or fake.dtype != real.dtype or any(isinstance(f, int) and f != r for f, r in sizes):
                 raise BrokenPassError(
-                    f"pass {each.name!r} left node {node.name!r} with a value of {fake.dtype} {list(fake.shape)} where "
-                    f"{real.dtype} {list(real.shape)} is computed; set node.meta[{VALUE!r}], or leave it out to have it inferred"
+                    each.name,
+                    f"left node {node.name!r} with a value of {fake.dtype} {list(fake.shape)} where "
+                    f"{real.dtype} {list(real.shape)} is computed; set node.meta[{VALUE!r}], or leave it out to have it inferred",
                 )

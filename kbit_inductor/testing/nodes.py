@@ -38,6 +38,7 @@ class Checking(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, grids: Grids) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # the message is ours
         self.grids = grids
         self.checked = 0
 
