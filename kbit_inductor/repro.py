@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from kbit_inductor._compat import hint, import_block, member_path, source_name
 from kbit_inductor.config import LAYER_OPTIONS, Config
+from kbit_inductor.debug.exact import Concrete
 from kbit_inductor.debug.trial import isolated
 from kbit_inductor.errors import MissingPackageError
 from kbit_inductor.passes.pipeline import BUILT_IN
@@ -154,7 +155,7 @@ class Part:
         return fx.GraphModule(root, graph)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Concrete):
     """Keeps a copy of every value, as it was when it was computed."""
 
     def __init__(self, gm: fx.GraphModule) -> None:

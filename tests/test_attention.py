@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOATS, SEEDS
 from threads import with_threads
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +13,7 @@ from torch.nn import functional
 from kbit_inductor import backend
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.passes.patterns import DECODE_QUERIES
+from kbit_inductor.testing.strategies import FLOATS, SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 build.load()

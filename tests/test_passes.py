@@ -19,22 +19,10 @@ from kbit_inductor.passes.digest import digest
 from kbit_inductor.passes.order import ordered
 from kbit_inductor.passes.registry import make_pass
 from kbit_inductor.quantizers import Quantizer, rtn
-from kbit_inductor.quantizers import registry as quantizers
 
 
 def nothing(gm, context):
     pass
-
-
-@pytest.fixture
-def unregister():
-    """Forget what a test registers."""
-    known = [(table, dict(table)) for table in (registry._by_name, kernel_registry._by_name, quantizers._by_name)]
-    yield
-    for table, before in known:
-        table.clear()
-        table.update(before)
-    entry_points.load.cache_clear()
 
 
 def test_the_built_in_passes_are_in_the_order_in_which_they_are_written():

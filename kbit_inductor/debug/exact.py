@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from kbit_inductor._compat import OpOverload
+from kbit_inductor._compat import OpOverload, hint
 from kbit_inductor.lowering import chain
 
 FAMILIES = ("batched_linear", "grouped_linear", "linear", "embedding")
@@ -48,7 +48,16 @@ def widen(value: Any) -> Any:
     return value.to(WIDE[value.dtype]) if isinstance(value, Tensor) and value.dtype in WIDE else value
 
 
-class Exact(fx.Interpreter):
+class Concrete(fx.Interpreter):
+    """Runs a graph on real values, where symbolic sizes that are arguments of a node count as what they are in this call."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """The arguments of ``n``, without symbols."""
+        fetched = super().fetch_args_kwargs_from_env(n)
+        return fx.node.map_aggregate(fetched, lambda value: hint(value) if isinstance(value, torch.SymInt) else value)
+
+
+class Exact(Concrete):
     """Runs ``gm`` in float64. Inputs that the graph writes to must be the caller's own copies."""
 
     def __init__(self, gm: fx.GraphModule, dense: Dense, recorder: dict[str, Any] | None = None) -> None:

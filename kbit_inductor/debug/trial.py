@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from kbit_inductor._compat import copy_graph, hint, no_modes
 from kbit_inductor.capture import Context
-from kbit_inductor.debug.exact import Exact, widen
+from kbit_inductor.debug.exact import Concrete, Exact, widen
 from kbit_inductor.packing import PackedWeight
 from kbit_inductor.store import STORE
 
@@ -87,7 +87,7 @@ def _written(arguments: Sequence[Any]) -> list[Tensor]:
     return [value for value in arguments if isinstance(value, Tensor) and value._version > 0]
 
 
-class _Recording(fx.Interpreter):
+class _Recording(Concrete):
     """Runs a graph as it is."""
 
     def __init__(self, gm: fx.GraphModule, recorder: dict[fx.Node, Any] | None) -> None:
@@ -165,5 +165,7 @@ def _random_like(value: Any, generator: torch.Generator) -> Any:
         return hint(value)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
         return value  # an integer may be an index; a number without dimensions a momentum or an epsilon
-    drawn = torch.randn(value.shape, generator=generator).to(value)
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(drawn)
+    # By its storage, since elements may share memory.
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    drawn = torch.randn(extent if value.numel() else 0, generator=generator).to(value)
+    return drawn.as_strided(value.shape, value.stride())

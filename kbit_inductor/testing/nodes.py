@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload
-from kbit_inductor.debug.exact import ACTIVATIONS, FAMILIES
+from kbit_inductor.debug.exact import ACTIVATIONS, FAMILIES, Concrete
 from kbit_inductor.kernels import reference
 from kbit_inductor.lowering import chain
 from kbit_inductor.testing.bounds import Grid, product, rounded
@@ -29,7 +29,7 @@ class NodeError(AssertionError):
         self.node = node
 
 
-class Checking(fx.Interpreter):
+class Checking(Concrete):
     """Runs a graph and checks each packed operator in it.
 
     Raises:
