@@ -6,24 +6,30 @@
 from __future__ import annotations
 
 from kbit_inductor.backend import kbit
+from kbit_inductor.bisect import Culprit, bisect
 from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
+    BrokenPassError,
     BudgetError,
     EmptyCalibrationError,
     EmptyPromptError,
     InterruptedStreamError,
+    InvalidKernelError,
     InvalidOptionError,
     InvalidPaddingError,
+    InvalidPassError,
     InvalidPromptError,
     InvalidSamplingError,
     KbitError,
+    MissingPackageError,
     ModelCallError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
+    PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
     TooManyTokensError,
@@ -36,31 +42,41 @@ from kbit_inductor.errors import (
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
+from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BrokenPassError",
     "BudgetError",
     "Calibration",
     "Config",
+    "Culprit",
     "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
     "Generator",
     "InterruptedStreamError",
+    "InvalidKernelError",
     "InvalidOptionError",
     "InvalidPaddingError",
+    "InvalidPassError",
     "InvalidPromptError",
     "InvalidSamplingError",
     "KbitError",
     "LayerConfig",
     "LayerReport",
+    "MissingPackageError",
     "ModelCallError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "Pass",
+    "PassOrderError",
     "Plan",
     "PlannedLayer",
     "PromptTooLongError",
@@ -72,11 +88,14 @@ __all__ = [
     "UnmatchedOverrideError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "bisect",
     "calibrate",
     "explain",
     "generate",
     "kbit",
     "plan",
+    "register_kernel",
+    "register_pass",
     "register_quantizer",
     "restore_",
 ]

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.compiler import config as compiler_config
+from torch.fx.graph_module import _format_import_block
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.package import sys_importer  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
@@ -27,8 +30,11 @@ __all__ = [
     "OpOverload",
     "StorageWeakRef",
     "below_autograd",
+    "cache_tag",
     "copy_graph",
     "graph_breaks",
+    "hint",
+    "import_block",
     "inductor",
     "is_compiled_function",
     "is_transformed",
@@ -81,6 +87,17 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> C
     return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
 
 
+def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:
+    """Compile with ``tag`` in the keys of Inductor's and AOTAutograd's caches, besides one that the user has set."""
+    whole = ":".join(filter(None, (compiler_config.cache_key_tag, tag)))
+    return cast("contextlib.AbstractContextManager[Any]", compiler_config.patch(cache_key_tag=whole))  # type: ignore[attr-defined]
+
+
+def hint(size: torch.SymInt) -> int:
+    """The number that a symbolic size has in the call being compiled, without a guard."""
+    return int(size.node.hint)
+
+
 def source_name(placeholder: fx.Node) -> str | None:
     """Where Dynamo took a graph input from, as an expression such as ``L['self']._modules['fc']._parameters['weight']``."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -123,6 +140,11 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
     modes: Iterator[FakeTensorMode] = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     with next(modes), torch.no_grad():
         return make_fx(function)(*inputs)
+
+
+def import_block(names: dict[str, Any]) -> str:
+    """The import statements that give the ``names`` which generated code of a graph refers to."""
+    return str(_format_import_block(names, sys_importer))
 
 
 def is_compiled_function(function: object) -> bool:

@@ -2,14 +2,13 @@
 
 Each step looks for one shape of graph around ``kbit::fused_linear_cpu`` and replaces it by a call that computes the same; the
 operator's definition is in :mod:`kbit_inductor.lowering.cpu`. Only graphs without gradients are fused, since the fused operator has
-none. Which fusions happened can be read off the graph: :func:`fuse` returns their counts.
+none. How often each kind of fusion was done is counted in ``Context.fusions``.
 
 Merging siblings and fusing a gate after the manner of vLLM's ``gate_up_proj`` and ``silu_and_mul``, without concatenating weights.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.nn import functional
 
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
-from kbit_inductor.passes.lower import Lowered
 from kbit_inductor.passes.patterns import (
     ADD,
     MULTIPLY,
@@ -63,12 +61,11 @@ class Call:
         return not self.activation and not self.gated and self.residual is None
 
 
-def fuse(context: Context, lowered: Lowered) -> Counter[str]:
-    """Fuse all that can be fused, and return how often each kind of fusion was done."""
-    done: Counter[str] = Counter()
-    if torch.is_grad_enabled() or not any(choice.kernel.layout in TILED_LAYOUTS for _, choice in lowered.choices):
-        return done
-    fusion = _Fusion(context, lowered, done)
+def fuse(context: Context) -> None:
+    """Fuse all that can be fused, and count how often each kind of fusion was done."""
+    if torch.is_grad_enabled() or not any(choice.kernel.layout in TILED_LAYOUTS for _, choice in context.choices):
+        return
+    fusion = _Fusion(context)
     fusion.begin()
     fusion.merge_siblings()
     for node in list(context.graph.nodes):
@@ -81,15 +78,13 @@ def fuse(context: Context, lowered: Lowered) -> Counter[str]:
         fusion.norm(node)
     for node in list(context.graph.nodes):
         fusion.attention(node)
-    return done
 
 
 class _Fusion:
-    def __init__(self, context: Context, lowered: Lowered, done: Counter[str]) -> None:
+    def __init__(self, context: Context) -> None:
         self.context = context
         self.graph = context.graph
-        self.lowered = lowered
-        self.done = done
+        self.done = context.fusions
 
     def call(self, call: Call, meta_of: fx.Node, value: Any) -> fx.Node:
         """A new node for ``call`` at the insertion point, whose result is like ``value``."""
@@ -100,7 +95,7 @@ class _Fusion:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
-        self.lowered.moved(old, new)
+        self.context.moved(old, new)
 
     def begin(self) -> None:
         """Every product as a call of the fused operator that fuses nothing."""
@@ -123,8 +118,8 @@ class _Fusion:
 
     def group_size(self, call: Call) -> int:
         """The group size of the call's first weight, which all weights of a call must share."""
-        for slot, value in zip(self.lowered.slots, self.lowered.values, strict=True):
-            if value is call.weights[0].meta[VALUE]:
+        for slot, operands in zip(self.context.slots, self.context.operands, strict=True):
+            if operands[0] is call.weights[0].meta[VALUE]:
                 columns = int(call.x.meta[VALUE].shape[-1])
                 return slot.form.config.group_columns(columns)
         raise LookupError(f"{call.weights[0]} is no packed weight")
@@ -150,7 +145,7 @@ class _Fusion:
                 node.replace_all_uses_with(part)
         for node in nodes:
             self.graph.erase_node(node)
-            self.lowered.moved(node, together)
+            self.context.moved(node, together)
         self.done["siblings"] += len(nodes)
 
     # act(gate(x)) * up(x)
@@ -181,7 +176,7 @@ class _Fusion:
         node.replace_all_uses_with(fused)
         for dead in (node, activated, gate, up, together):
             self.graph.erase_node(dead)
-        self.lowered.moved(together, fused)
+        self.context.moved(together, fused)
         return True
 
     # act(linear(x))
@@ -196,7 +191,7 @@ class _Fusion:
             fused = self.call(call, node, node.meta[VALUE])
         self.replace(node, fused)
         self.graph.erase_node(product)
-        self.lowered.moved(product, fused)
+        self.context.moved(product, fused)
         self.done["activation"] += 1
 
     # residual + linear(x)
@@ -214,7 +209,7 @@ class _Fusion:
                 fused = self.call(call, node, node.meta[VALUE])
             self.replace(node, fused)
             self.graph.erase_node(product)  # type: ignore[arg-type]
-            self.lowered.moved(product, fused)  # type: ignore[arg-type]
+            self.context.moved(product, fused)  # type: ignore[arg-type]
             self.done["residual"] += 1
             return
 
