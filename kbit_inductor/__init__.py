@@ -38,6 +38,7 @@ from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
+from kbit_inductor.surgery import dequantize_, quantize_
 
 __version__ = "0.1.0"
 
@@ -73,10 +74,12 @@ __all__ = [
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
     "calibrate",
+    "dequantize_",
     "explain",
     "generate",
     "kbit",
     "plan",
+    "quantize_",
     "register_quantizer",
     "restore_",
 ]

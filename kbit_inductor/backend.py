@@ -48,17 +48,17 @@ def kbit(
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
-    """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
+    """Rewrite a graph to packed weights and compile it by Inductor; a graph that nothing changes in goes to Inductor untouched."""
     rewritten, context, lowered = capture(gm, example_inputs, config)
     _log_matches(context, lowered, example_inputs)
     _log_constants(gm)
     kept = _kept_arguments(context, len(example_inputs))
     floats = tuple((weight.argument, weight.name) for weight in context.weights if weight.argument in kept)
-    if not lowered.slots:
+    if not lowered.slots and not lowered.fusions:
         inner = inductor(gm, example_inputs, config.mode)
         return _guarded(inner, floats)
     inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *lowered.values], config.mode)
-    return _guarded(_bound(inner, kept, tuple(lowered.slots)), floats)
+    return _guarded(_bound(inner, kept, tuple(lowered.slots)) if lowered.slots else inner, floats)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[fx.GraphModule, Context, Lowered]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kbit_inductor._compat import FakeTensorMode, is_transformed, member_path, source_name, storage_id
+from kbit_inductor._compat import FakeTensor, FakeTensorMode, is_transformed, member_path, source_name, storage_id
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.packing import WEIGHT_DTYPES
 from kbit_inductor.views import Strides, WeightView, expanded_batch
@@ -199,8 +199,8 @@ class Context:
 
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the graph's values belong to."""
-        mode: FakeTensorMode = self.weights[0].value.fake_mode  # type: ignore[attr-defined]
-        return mode
+        values = (node.meta.get(VALUE) for node in self.graph.find_nodes(op="placeholder"))
+        return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def tensors_of(node: fx.Node) -> list[Tensor]:

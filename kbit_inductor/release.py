@@ -63,7 +63,7 @@ def release(weights: Mapping[Tensor, str], owners: Owners) -> list[Tensor]:
         _guard_tensor(weight, name)
         weight.data = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
         weight.untyped_storage().resize_(0)
-    _trim_heap()
+    trim_heap()
     log.info("released %d float weights", len(fresh))
     return list(fresh)
 
@@ -82,7 +82,7 @@ def _held(module: nn.Module) -> list[Tensor]:
     return [tensor for table in tables for tensor in table.values() if isinstance(tensor, Tensor)]
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system. glibc keeps it otherwise, and the resident size does not fall."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -22,7 +22,7 @@ else:
 
 import torch  # noqa: E402 (see above)
 
-from kbit_inductor.passes import lower  # noqa: E402
+from kbit_inductor import config  # noqa: E402
 
 # No deadline, and slow examples are no fault: the first example of a shape may compile a kernel.
 settings.register_profile("kbit", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -55,7 +55,7 @@ def _fresh_torch() -> Iterator[None]:
 def _float_activations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rounding activations to 8 bits would hide every smaller mistake. Tests of that rounding ask for it, or are marked.
     if "rounded_activations" not in request.keywords:
-        monkeypatch.setattr(lower, "AUTO_ACTIVATION_BITS", 16)
+        monkeypatch.setattr(config, "AUTO_ACTIVATION_BITS", 16)
 
 
 @pytest.fixture
