@@ -12,8 +12,10 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
     BudgetError,
+    CorruptModelError,
     EmptyCalibrationError,
     EmptyPromptError,
+    FormatVersionError,
     InterruptedStreamError,
     InvalidOptionError,
     InvalidPaddingError,
@@ -21,9 +23,11 @@ from kbit_inductor.errors import (
     InvalidSamplingError,
     KbitError,
     ModelCallError,
+    ModelMismatchError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
+    NotAModelFolderError,
     PromptTooLongError,
     ReleasedWeightError,
     TooManyTokensError,
@@ -31,6 +35,7 @@ from kbit_inductor.errors import (
     UncapturableModelError,
     UnknownOptionError,
     UnmatchedOverrideError,
+    UnsavableModelError,
     UnsupportedDtypeError,
     UnsupportedShapeError,
 )
@@ -38,6 +43,7 @@ from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
+from kbit_inductor.saving import load, save
 from kbit_inductor.surgery import dequantize_, quantize_
 
 __version__ = "0.1.0"
@@ -46,9 +52,11 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Config",
+    "CorruptModelError",
     "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
+    "FormatVersionError",
     "Generator",
     "InterruptedStreamError",
     "InvalidOptionError",
@@ -59,9 +67,11 @@ __all__ = [
     "LayerConfig",
     "LayerReport",
     "ModelCallError",
+    "ModelMismatchError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "NotAModelFolderError",
     "Plan",
     "PlannedLayer",
     "PromptTooLongError",
@@ -71,6 +81,7 @@ __all__ = [
     "UncapturableModelError",
     "UnknownOptionError",
     "UnmatchedOverrideError",
+    "UnsavableModelError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
     "calibrate",
@@ -78,8 +89,10 @@ __all__ = [
     "explain",
     "generate",
     "kbit",
+    "load",
     "plan",
     "quantize_",
     "register_quantizer",
     "restore_",
+    "save",
 ]

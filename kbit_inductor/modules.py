@@ -19,10 +19,8 @@ from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering import ops
 from kbit_inductor.lowering.registry import Problem, choose
-from kbit_inductor.packing import PackedWeight, operand_specs, plane_operands
+from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
 
-STORED = ("planes", "scale", "offset", "global_scale", "codebook")
-"""Names of the operands of the storage format."""
 INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}  # of the same bytes, which no conversion casts
 
 
@@ -155,16 +153,11 @@ class PackedMatrix(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
-    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each operand of the storage format, by name."""
-        specs = plane_operands(operand_specs(self.rows, self.columns, self.config, "planes"), self.config)
-        return {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
-
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        specs = self.specs()
+        specs = specs_by_name(self.rows, self.columns, self.config)
         given = {name: state_dict[prefix + name] for name in specs if prefix + name in state_dict}
         missing_keys += [prefix + name for name in specs if name not in given]
         if strict:

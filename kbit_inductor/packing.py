@@ -17,6 +17,9 @@ from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes, unpack_codes
 from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
 
+STORED = ("planes", "scale", "offset", "global_scale", "codebook")
+"""Names of the operands of the storage format."""
+UNPACKED_AT_ONCE = 1 << 17  # codes
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
 Grid = tuple[Tensor, "Tensor | None", Tensor]
@@ -77,7 +80,7 @@ class PackedWeight:
             offset = None if self.config.symmetric else zero
             return codes, (scale, offset, global_scale), levels if levels.numel() else None
         planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
-        return unpack_codes(planes, self.columns).contiguous(), (scale, offset, global_scale), codebook
+        return _unpacked(planes, self.columns), (scale, offset, global_scale), codebook
 
 
 @torch.no_grad()
@@ -110,6 +113,17 @@ def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: S
     grid = (quantized.scale, quantized.offset, quantized.global_scale)
     codebook = Levels(config.bits, config.levels()).table(weight.device)
     return PackedWeight(_laid_out(quantized.codes, grid, codebook, config, layout), config, columns, quantized.error, layout)
+
+
+def _unpacked(planes: Tensor, columns: int) -> Tensor:
+    """The codes of ``planes``, some rows at a time: what is computed on the way takes several times their bytes."""
+    rows = planes.size(1)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=planes.device)
+    step = max(1, UNPACKED_AT_ONCE // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        codes[part] = unpack_codes(planes[:, part], columns)
+    return codes
 
 
 def _laid_out(codes: Tensor, grid: Grid, codebook: Tensor | None, config: LayerConfig, layout: str) -> Operands:
@@ -146,6 +160,12 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
     codebook = rest.pop() if config.levels() else None
     planes, scale, *offset, global_scale = rest
     return planes, scale, offset[0] if offset else None, global_scale, codebook
+
+
+def specs_by_name(rows: int, columns: int, config: LayerConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`."""
+    specs = plane_operands(operand_specs(rows, columns, config, "planes"), config)
+    return {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
 
 
 def operand_specs(
