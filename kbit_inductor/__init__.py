@@ -27,6 +27,7 @@ from kbit_inductor.errors import (
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
+    NotAModelFileError,
     NotAModelFolderError,
     PromptTooLongError,
     ReleasedWeightError,
@@ -41,6 +42,7 @@ from kbit_inductor.errors import (
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
+from kbit_inductor.ggufmodel import from_gguf
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 from kbit_inductor.saving import load, save
@@ -71,6 +73,7 @@ __all__ = [
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "NotAModelFileError",
     "NotAModelFolderError",
     "Plan",
     "PlannedLayer",
@@ -87,6 +90,7 @@ __all__ = [
     "calibrate",
     "dequantize_",
     "explain",
+    "from_gguf",
     "generate",
     "kbit",
     "load",

@@ -51,6 +51,10 @@ class NotAModelFolderError(KbitError, FileNotFoundError):
     """A folder to load from that holds no saved model, or a file where a folder is to be."""
 
 
+class NotAModelFileError(KbitError, ValueError):
+    """A file to import that is not there, or is none of its format."""
+
+
 class FormatVersionError(KbitError, ValueError):
     """A saved model of a version of the format that this release does not read."""
 

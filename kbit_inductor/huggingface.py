@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -194,3 +195,25 @@ def build(described: Mapping[str, Any]) -> nn.Module:
             "give load() a function that makes it"
         ) from error
     return cast("nn.Module", model.eval())  # type: ignore[no-untyped-call]
+
+
+def gguf_skeleton(path: Path) -> tuple[nn.Module, dict[str, str], Any]:
+    """For a GGUF file: its model with parameters on the meta device and buffers with values, the name in the model of each tensor
+    of the file, and what turns a tensor of the file into one of the model.
+
+    Raises:
+        ModelMismatchError: transformers has no such architecture.
+    """
+    from accelerate import init_empty_weights
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with init_empty_weights(include_buffers=False):
+            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model.tie_weights()
+        processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())  # type: ignore[no-untyped-call]
+        names = get_gguf_hf_weights_map(model, processor)
+    except (ValueError, NotImplementedError) as error:
+        raise ModelMismatchError(f"transformers does not load the architecture of {path.name}: {error}") from error
+    return model.eval().requires_grad_(False), names, processor
