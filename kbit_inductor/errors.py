@@ -51,6 +51,10 @@ class NotAModelFolderError(KbitError, FileNotFoundError):
     """A folder to load from that holds no saved model, or a file where a folder is to be."""
 
 
+class MissingPackageError(KbitError, ImportError):
+    """A package that is no requirement of this one, and that what was asked for needs."""
+
+
 class NotAModelFileError(KbitError, ValueError):
     """A file to import that is not there, or is none of its format."""
 
