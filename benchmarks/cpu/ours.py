@@ -59,3 +59,9 @@ def contenders(bits: range = range(1, 9)) -> list[Contender]:
     """The operator and the compiled module at each number of bits."""
     ways = {"kbit operator": _operator, "kbit": _compiled}
     return [Contender(f"{name} {k}", k, partial(way, k), name) for name, way in ways.items() for k in reversed(bits)]
+
+
+def instruction_set() -> str:
+    """What the kernels run with on this machine."""
+    build.load()
+    return str(torch.ops.kbit.isa_cpu())

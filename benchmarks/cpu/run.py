@@ -2,7 +2,7 @@
 
 Writes ``benchmarks/results/cpu.json`` after each part, prints tables, and draws ``docs/cpu-layers.png`` and
 ``docs/cpu-decode.png``. ``--docs`` measures nothing and writes the tables of the results that are there into
-``docs/benchmarks.md``.
+``docs/benchmarks.md``. ``--json``, ``--pictures`` and ``--document`` name other files, for another machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     if options.docs:
-        tables.write(json.loads(options.json.read_text(encoding="utf-8")), REPOSITORY / "docs" / "benchmarks.md")
+        tables.write(json.loads(options.json.read_text(encoding="utf-8")), options.document)
         return
     results = run(options, console)
     for grid in tables.grids(results):
@@ -77,7 +77,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def machine() -> Results:
     """The machine, and the releases of what is compared."""
-    return {"cpu": _cpu(), "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": _versions()}
+    return {
+        "cpu": _cpu(), "instruction_set": ours.instruction_set(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "versions": _versions(),
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -157,7 +160,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="file of the results")
     parser.add_argument("--pictures", type=Path, default=REPOSITORY / "docs", help="folder of the pictures")
-    parser.add_argument("--docs", action="store_true", help="measure nothing; write the tables into docs/benchmarks.md")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write the tables into the document")
+    parser.add_argument("--document", type=Path, default=REPOSITORY / "docs" / "benchmarks.md", help="file that --docs writes into")
     return parser.parse_args(arguments)
 
 

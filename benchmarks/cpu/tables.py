@@ -67,7 +67,8 @@ def write(results: Results, document: Path) -> None:
 def _machine(results: Results) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"Measured on {machine['cpu']}, {machine['threads']} threads; {versions}."
+    kernels = f", kernels for {machine['instruction_set']}" if "instruction_set" in machine else ""
+    return f"Measured on {machine['cpu']}, {machine['threads']} threads{kernels}; {versions}."
 
 
 def _ceilings(results: Results) -> Iterator[Grid]:
