@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 from kbit_inductor.backend import kbit
+from kbit_inductor.bisect import Culprit, bisect
 from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
+    BrokenPassError,
     BudgetError,
     CorruptModelError,
     EmptyCalibrationError,
     EmptyPromptError,
     FormatVersionError,
     InterruptedStreamError,
+    InvalidKernelError,
     InvalidOptionError,
     InvalidPaddingError,
+    InvalidPassError,
     InvalidPromptError,
     InvalidSamplingError,
     KbitError,
@@ -30,6 +34,7 @@ from kbit_inductor.errors import (
     NotACausalLMError,
     NotAModelFileError,
     NotAModelFolderError,
+    PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
     TooManyTokensError,
@@ -44,6 +49,9 @@ from kbit_inductor.errors import (
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
 from kbit_inductor.ggufmodel import from_gguf
+from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 from kbit_inductor.saving import load, save
@@ -52,18 +60,22 @@ from kbit_inductor.surgery import dequantize_, quantize_
 __version__ = "0.1.0"
 
 __all__ = [
+    "BrokenPassError",
     "BudgetError",
     "Calibration",
     "Config",
     "CorruptModelError",
+    "Culprit",
     "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
     "FormatVersionError",
     "Generator",
     "InterruptedStreamError",
+    "InvalidKernelError",
     "InvalidOptionError",
     "InvalidPaddingError",
+    "InvalidPassError",
     "InvalidPromptError",
     "InvalidSamplingError",
     "KbitError",
@@ -77,6 +89,8 @@ __all__ = [
     "NotACausalLMError",
     "NotAModelFileError",
     "NotAModelFolderError",
+    "Pass",
+    "PassOrderError",
     "Plan",
     "PlannedLayer",
     "PromptTooLongError",
@@ -89,6 +103,7 @@ __all__ = [
     "UnsavableModelError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "bisect",
     "calibrate",
     "dequantize_",
     "explain",
@@ -98,6 +113,8 @@ __all__ = [
     "load",
     "plan",
     "quantize_",
+    "register_kernel",
+    "register_pass",
     "register_quantizer",
     "restore_",
     "save",

@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterator
 
 import pytest
-import strategies as own
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from kbit_inductor.kernels import reference
 from kbit_inductor.modules import PackedLinear, PackedMatrix, matrix_of
 from kbit_inductor.packing import pack
 from kbit_inductor.testing import relative_error
+from kbit_inductor.testing import strategies as own
 
 OPTIONS = {"bits": 4, "group_size": 32}
 IDS = torch.arange(10).view(2, 5)
