@@ -80,8 +80,8 @@ def give_memory(weight: Tensor) -> None:
 def _kinds(kind: type) -> Iterator[type]:
     """``kind`` and all classes derived from it."""
     yield kind
-    derived: type
-    for derived in type.__subclasses__(kind):
+    found: list[type] = type.__subclasses__(kind)
+    for derived in found:
         yield from _kinds(derived)
 
 
