@@ -35,7 +35,7 @@ from kbit_inductor.release import MEND, is_released, trim_heap
 from kbit_inductor.surgery import packed_matrices, packed_module
 
 SHARD_BYTES = 256 << 20
-TRIMMED = 1 << 20  # elements of a weight after whose conversion memory is given back to the system
+TRIMMED = 1 << 18  # elements of a weight after whose conversion memory is given back to the system
 
 
 @torch.no_grad()

@@ -11,13 +11,13 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS, normal
 from torch import nn
 
 import kbit_inductor as kbit
 from kbit_inductor.ggufblocks import TYPES, packed_of
 from kbit_inductor.lowering.registry import cpu_library_problem
 from kbit_inductor.modules import PackedMatrix
+from kbit_inductor.testing.strategies import SEEDS, normal
 
 SIZES = {"hidden": 64, "inner": 96, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 96}
 KINDS = {
