@@ -12,7 +12,7 @@ import ctypes
 import functools
 import gc
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Owners:
         """The modules that hold one of ``weights``. The heap is searched only when those known from before hold not all."""
         wanted = {id(weight) for weight in weights}
         if not wanted <= self._held_by_known():
-            self._known.update(obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module))
+            kinds = {id(kind) for kind in _kinds(nn.Module)}  # the heap has millions of objects: asking each is slow
+            self._known.update(thing for thing in gc.get_objects() if id(type(thing)) in kinds)
         return [module for module in self._known if any(id(tensor) in wanted for tensor in _held(module))]
 
     def _held_by_known(self) -> set[int]:
@@ -74,6 +75,13 @@ def give_memory(weight: Tensor) -> None:
     weight.untyped_storage().resize_((last + 1) * weight.element_size())
     for attribute in ("__reduce_ex__", "__deepcopy__"):
         weight.__dict__.pop(attribute, None)
+
+
+def _kinds(kind: type) -> Iterator[type]:
+    """``kind`` and all classes derived from it."""
+    yield kind
+    for derived in type.__subclasses__(kind):
+        yield from _kinds(derived)
 
 
 def _held(module: nn.Module) -> list[Tensor]:
