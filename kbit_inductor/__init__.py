@@ -14,8 +14,10 @@ from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
     BrokenPassError,
     BudgetError,
+    CorruptModelError,
     EmptyCalibrationError,
     EmptyPromptError,
+    FormatVersionError,
     InterruptedStreamError,
     InvalidKernelError,
     InvalidOptionError,
@@ -26,9 +28,12 @@ from kbit_inductor.errors import (
     KbitError,
     MissingPackageError,
     ModelCallError,
+    ModelMismatchError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
+    NotAModelFileError,
+    NotAModelFolderError,
     PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
@@ -37,16 +42,20 @@ from kbit_inductor.errors import (
     UncapturableModelError,
     UnknownOptionError,
     UnmatchedOverrideError,
+    UnsavableModelError,
     UnsupportedDtypeError,
     UnsupportedShapeError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
+from kbit_inductor.ggufmodel import from_gguf
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
+from kbit_inductor.saving import load, save
+from kbit_inductor.surgery import dequantize_, quantize_
 
 __version__ = "0.1.0"
 
@@ -55,10 +64,12 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Config",
+    "CorruptModelError",
     "Culprit",
     "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
+    "FormatVersionError",
     "Generator",
     "InterruptedStreamError",
     "InvalidKernelError",
@@ -72,9 +83,12 @@ __all__ = [
     "LayerReport",
     "MissingPackageError",
     "ModelCallError",
+    "ModelMismatchError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "NotAModelFileError",
+    "NotAModelFolderError",
     "Pass",
     "PassOrderError",
     "Plan",
@@ -86,16 +100,22 @@ __all__ = [
     "UncapturableModelError",
     "UnknownOptionError",
     "UnmatchedOverrideError",
+    "UnsavableModelError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
     "bisect",
     "calibrate",
+    "dequantize_",
     "explain",
+    "from_gguf",
     "generate",
     "kbit",
+    "load",
     "plan",
+    "quantize_",
     "register_kernel",
     "register_pass",
     "register_quantizer",
     "restore_",
+    "save",
 ]

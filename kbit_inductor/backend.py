@@ -54,7 +54,7 @@ def kbit(
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
-    """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
+    """Rewrite a graph to packed weights and compile it by Inductor; a graph that nothing changes in goes to Inductor untouched."""
     rewritten, context = capture(gm, example_inputs, config)
     _log_matches(context, example_inputs)
     _log_constants(gm)
@@ -62,7 +62,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     floats = tuple((weight.argument, weight.name) for weight in context.weights if weight.argument in kept)
     with cache_tag(f"kbit-{digest(passes())}"):
         if not context.slots:
-            untouched = passes() == pipeline.BUILT_IN
+            untouched = passes() == pipeline.BUILT_IN and not context.fusions
             inner = inductor(gm if untouched else rewritten, example_inputs, config.mode)
             return _guarded(inner, floats)
         inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *itertools.chain(*context.operands)], config.mode)

@@ -17,6 +17,7 @@ from kbit_inductor.quantizers.registry import find as find_quantizer
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
+AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook")
 
 
@@ -62,6 +63,10 @@ class LayerConfig:
         """The part that says how the weight is stored: equal for layers that can share a packed weight."""
         name = self.codebook if self.levels() else "uniform"
         return dataclasses.replace(self, activation_bits="auto", codebook=name)
+
+    def activation_bits_on_cpu(self) -> int:
+        """What kernels of the CPU round activations to."""
+        return AUTO_ACTIVATION_BITS if isinstance(self.activation_bits, str) else self.activation_bits
 
     def levels(self) -> Codebook | None:
         """The levels that codes stand for; None where every code is its own."""

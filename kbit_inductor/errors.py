@@ -75,6 +75,30 @@ class ReleasedWeightError(KbitError, RuntimeError):
     """A use of float weights that ``release_weights=True`` has freed."""
 
 
+class NotAModelFolderError(KbitError, FileNotFoundError):
+    """A folder to load from that holds no saved model, or a file where a folder is to be."""
+
+
+class NotAModelFileError(KbitError, ValueError):
+    """A file to import that is not there, or is none of its format."""
+
+
+class FormatVersionError(KbitError, ValueError):
+    """A saved model of a version of the format that this release does not read."""
+
+
+class CorruptModelError(KbitError, ValueError):
+    """Files of a saved model that are damaged, incomplete, or not what they say."""
+
+
+class ModelMismatchError(KbitError, ValueError):
+    """A model to load into that is not the one that was saved."""
+
+
+class UnsavableModelError(KbitError, ValueError):
+    """A model with a tensor that has no values, or that no file can hold."""
+
+
 class ModelCallError(KbitError, RuntimeError):
     """A model that cannot be explained because its float forward pass fails on the given inputs."""
 

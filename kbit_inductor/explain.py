@@ -21,6 +21,7 @@ from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
+from kbit_inductor.modules import PackedMatrix, matrix_of
 from kbit_inductor.page import Steps, render
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
@@ -145,7 +146,7 @@ def explain(
             raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
     breaks = {reason: count - breaks_before.get(reason, 0) for reason, count in graph_breaks().items()}
     explanation = Explanation(
-        (*recorder.reports.values(), *_unreached(original, recorder.seen)),
+        (*recorder.reports.values(), *_packed_before(original), *_unreached(original, recorder.seen)),
         recorder.graphs,
         {reason: count for reason, count in breaks.items() if count},
         recorder.fusions,
@@ -231,6 +232,26 @@ def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tenso
         kernels=tuple(choice.kernel.name for _, choice in uses),
         rejected=dict(uses[0][1].rejected),
     )
+
+
+def _packed_before(model: Any) -> list[LayerReport]:
+    """The modules on packed weights that :func:`kbit_inductor.quantize_` has made."""
+    if not isinstance(model, nn.Module):
+        return []
+    names: dict[PackedMatrix, list[str]] = {}
+    uses: dict[PackedMatrix, list[str]] = {}
+    for name, module in model.named_modules():
+        if (matrix := matrix_of(module)) is not None:
+            names.setdefault(matrix, []).append(name)
+            uses.setdefault(matrix, []).append("embedding" if isinstance(module, nn.Embedding) else "linear")
+    return [
+        LayerReport(
+            " = ".join(names[matrix]), tuple(matrix.shape), True, ("packed by quantize_",), tuple(uses[matrix]), matrix.config,
+            math.prod(matrix.shape) * matrix.dtype.itemsize, matrix.packed.nbytes, matrix.error,
+            (matrix.kernel,) * len(uses[matrix]), dict(matrix.rejected),
+        )
+        for matrix in names
+    ]  # fmt: skip
 
 
 def _unreached(model: Any, seen: set[int]) -> list[LayerReport]:

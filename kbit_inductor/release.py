@@ -64,7 +64,7 @@ def release(weights: Mapping[Tensor, str], owners: Owners) -> list[Tensor]:
         _guard_tensor(weight, name)
         weight.data = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
         weight.untyped_storage().resize_(0)
-    _trim_heap()
+    trim_heap()
     log.info("released %d float weights", len(fresh))
     return list(fresh)
 
@@ -80,7 +80,8 @@ def give_memory(weight: Tensor) -> None:
 def _kinds(kind: type) -> Iterator[type]:
     """``kind`` and all classes derived from it."""
     yield kind
-    for derived in type.__subclasses__(kind):
+    found: list[type] = type.__subclasses__(kind)
+    for derived in found:
         yield from _kinds(derived)
 
 
@@ -90,7 +91,7 @@ def _held(module: nn.Module) -> list[Tensor]:
     return [tensor for table in tables for tensor in table.values() if isinstance(tensor, Tensor)]
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system. glibc keeps it otherwise, and the resident size does not fall."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

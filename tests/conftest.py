@@ -22,8 +22,7 @@ else:
 
 import torch  # noqa: E402 (see above)
 
-from kbit_inductor import entry_points, kernel_registry  # noqa: E402
-from kbit_inductor.passes import lower  # noqa: E402
+from kbit_inductor import config, entry_points, kernel_registry  # noqa: E402
 from kbit_inductor.passes import registry as passes  # noqa: E402
 from kbit_inductor.quantizers import registry as quantizers  # noqa: E402
 
@@ -58,7 +57,7 @@ def _fresh_torch() -> Iterator[None]:
 def _float_activations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rounding activations to 8 bits would hide every smaller mistake. Tests of that rounding ask for it, or are marked.
     if "rounded_activations" not in request.keywords:
-        monkeypatch.setattr(lower, "AUTO_ACTIVATION_BITS", 16)
+        monkeypatch.setattr(config, "AUTO_ACTIVATION_BITS", 16)
 
 
 @pytest.fixture

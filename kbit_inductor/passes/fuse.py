@@ -17,7 +17,6 @@ from torch import fx
 from torch.nn import functional
 
 from kbit_inductor.capture import VALUE, Context
-from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.passes.patterns import (
     ADD,
     MULTIPLY,
@@ -29,6 +28,7 @@ from kbit_inductor.passes.patterns import (
 )
 
 LINEAR = torch.ops.kbit.linear_cpu.default
+TILED_LINEAR = torch.ops.kbit.tiled_linear_cpu.default
 FUSED = torch.ops.kbit.fused_linear_cpu.default
 ATTENTION = torch.ops.kbit.decode_attention_cpu.default
 
@@ -63,10 +63,11 @@ class Call:
 
 def fuse(context: Context) -> None:
     """Fuse all that can be fused, and count how often each kind of fusion was done."""
-    if torch.is_grad_enabled() or not any(choice.kernel.layout in TILED_LAYOUTS for _, choice in context.choices):
+    products = [node for target in (LINEAR, TILED_LINEAR) for node in context.graph.find_nodes(op="call_function", target=target)]
+    if torch.is_grad_enabled() or not products:
         return
     fusion = _Fusion(context)
-    fusion.begin()
+    fusion.begin(products)
     fusion.merge_siblings()
     for node in list(context.graph.nodes):
         fusion.gate(node)
@@ -85,6 +86,7 @@ class _Fusion:
         self.context = context
         self.graph = context.graph
         self.done = context.fusions
+        self.group_sizes: dict[fx.Node, int] = {}  # by packed weight
 
     def call(self, call: Call, meta_of: fx.Node, value: Any) -> fx.Node:
         """A new node for ``call`` at the insertion point, whose result is like ``value``."""
@@ -97,10 +99,12 @@ class _Fusion:
         self.graph.erase_node(old)
         self.context.moved(old, new)
 
-    def begin(self) -> None:
-        """Every product as a call of the fused operator that fuses nothing."""
-        for node in self.graph.find_nodes(op="call_function", target=LINEAR):
-            x, weight, bias, rows, bits = node.args
+    def begin(self, products: list[fx.Node]) -> None:
+        """Each of ``products`` as a call of the fused operator that fuses nothing."""
+        for node in products:
+            operands: Any = node.args
+            x, weight, bias, rows, bits, *told = operands
+            self.group_sizes[weight] = told[0] if told else self.group_size_of_slot(x, weight)
             call = Call(x, None, 0.0, [weight], [bias], [rows], "", False, None, bits)
             with self.graph.inserting_before(node):
                 self.replace(node, self.call(call, node, node.meta.get(VALUE)))
@@ -111,18 +115,18 @@ class _Fusion:
         for node in self.graph.find_nodes(op="call_function", target=FUSED):
             call = Call.of(node)
             if call is not None and all(bias is None or (bias.op == "placeholder" and is_constant(bias)) for bias in call.biases):
-                families.setdefault((call.x, call.activation_bits, self.group_size(call), node.meta[VALUE].dtype), []).append(node)
+                group_size = self.group_sizes[call.weights[0]]
+                families.setdefault((call.x, call.activation_bits, group_size, node.meta[VALUE].dtype), []).append(node)
         for nodes in families.values():
             if len(nodes) > 1:
                 self.merge(nodes)
 
-    def group_size(self, call: Call) -> int:
-        """The group size of the call's first weight, which all weights of a call must share."""
+    def group_size_of_slot(self, x: Any, weight: Any) -> int:
+        """The group size of a weight that this graph packs. All weights of a call must share theirs."""
         for slot, operands in zip(self.context.slots, self.context.operands, strict=True):
-            if operands[0] is call.weights[0].meta[VALUE]:
-                columns = int(call.x.meta[VALUE].shape[-1])
-                return slot.form.config.group_columns(columns)
-        raise LookupError(f"{call.weights[0]} is no packed weight")
+            if operands[0] is weight.meta[VALUE]:
+                return slot.form.config.group_columns(int(x.meta[VALUE].shape[-1]))
+        raise LookupError(f"{weight} is no packed weight")
 
     def merge(self, nodes: list[fx.Node]) -> None:
         calls = [call for node in nodes if (call := Call.of(node)) is not None]

@@ -17,7 +17,6 @@ from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.store import Form, Slot, form
 
 aten = torch.ops.aten
-AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 
 
 def lower_marks(context: Context) -> None:
@@ -52,18 +51,13 @@ def _choose(context: Context, use: Use) -> Choice:
             bits=layer.bits,
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
-            activation_bits=_activation_bits(layer),
+            activation_bits=layer.activation_bits_on_cpu(),
         ),
         kernels(),
     )
     if choice.kernel.layout not in TILED_LAYOUTS and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
-
-
-def _activation_bits(layer: LayerConfig) -> int:
-    """What kernels of the CPU round activations to."""
-    return AUTO_ACTIVATION_BITS if isinstance(layer.activation_bits, str) else layer.activation_bits
 
 
 def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
@@ -104,7 +98,7 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], bias, use.rows, _activation_bits(layer)
+        return x, operands[0], bias, use.rows, layer.activation_bits_on_cpu()
     *packed, codebook = plane_operands(operands, layer)
     return x, *packed, bias, layer.group_columns(use.columns), codebook
 
@@ -112,7 +106,7 @@ def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node],
 def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], where, use.rows, _activation_bits(layer)
+        return x, operands[0], where, use.rows, layer.activation_bits_on_cpu()
     *packed, codebook = plane_operands(operands, layer)
     return x, *packed, where, layer.group_columns(use.columns), codebook
 
