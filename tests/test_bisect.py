@@ -78,9 +78,3 @@ def test_the_first_layer_that_breaks_is_named(tmp_path, monkeypatch):
     assert (culprit.broken_pass, culprit.layer) == (None, "layers.1")
     assert "stale" in culprit.reason
     assert culprit.script is None  # a fresh copy of the weight is packed as it is
-
-
-def test_without_safetensors_it_says_what_to_install(careless, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(kbit.MissingPackageError, match="pip install safetensors"):
-        kbit.bisect(Model().eval(), torch.randn(3, 24), OPTIONS, tmp_path)
