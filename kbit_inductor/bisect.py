@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kbit_inductor.config import Config
 from kbit_inductor.errors import BrokenPassError
-from kbit_inductor.repro import Part, require_safetensors, write
+from kbit_inductor.repro import Part, write
 from kbit_inductor.testing.equivalence import assert_equivalent
 from kbit_inductor.testing.rewriting import rewrite
 
@@ -54,11 +54,7 @@ def bisect(
 
     Returns:
         The culprit, or None when nothing is wrong.
-
-    Raises:
-        MissingPackageError: safetensors is not installed.
     """
-    require_safetensors()
     resolved = Config.from_options(config)
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     fault = _fault(model, arguments, resolved)

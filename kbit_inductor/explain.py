@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
 from kbit_inductor.modules import PackedMatrix, matrix_of
+from kbit_inductor.page import Steps, render
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
 from kbit_inductor.views import WeightView
@@ -105,10 +107,23 @@ class Explanation:
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def explain(model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None = None, **keywords: Any) -> Explanation:
+def explain(
+    model: Any,
+    *inputs: Any,
+    config: Config | Mapping[str, Any] | None = None,
+    html: str | Path | None = None,
+    **keywords: Any,
+) -> Explanation:
     """What ``torch.compile(model, backend="kbit", options=config)`` does when called with ``inputs`` and ``keywords``.
 
     The model runs once, without gradients and on its float weights (or on packed ones where those were released); nothing is kept.
+
+    Args:
+        model: a module or function.
+        inputs: its arguments.
+        config: the options.
+        html: where to write the same as a page that needs nothing else, with each graph before and after each pass.
+        keywords: its arguments by name.
 
     Raises:
         ModelCallError: the model itself fails on ``inputs``.
@@ -130,12 +145,15 @@ def explain(model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None 
         except Exception as error:
             raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
     breaks = {reason: count - breaks_before.get(reason, 0) for reason, count in graph_breaks().items()}
-    return Explanation(
+    explanation = Explanation(
         (*recorder.reports.values(), *_packed_before(original), *_unreached(original, recorder.seen)),
         recorder.graphs,
         {reason: count for reason, count in breaks.items() if count},
         recorder.fusions,
     )
+    if html is not None:
+        Path(html).write_text(render(explanation, recorder.steps.graphs), encoding="utf-8")
+    return explanation
 
 
 class _Recorder:
@@ -147,11 +165,12 @@ class _Recorder:
         self.seen: set[int] = set()
         self.graphs = 0
         self.fusions: Counter[str] = Counter()
+        self.steps = Steps()
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
         try:
-            _, context = backend.capture(gm, inputs, self.config)
+            _, context = backend.capture(gm, inputs, self.config, observers=[self.steps])
             weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
             self.seen |= {id(tensor) for tensor in weights.values()}
             self.fusions += context.fusions

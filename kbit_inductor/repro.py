@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -20,7 +21,6 @@ from kbit_inductor._compat import hint, import_block, member_path, source_name
 from kbit_inductor.config import LAYER_OPTIONS, Config
 from kbit_inductor.debug.exact import Concrete
 from kbit_inductor.debug.trial import isolated
-from kbit_inductor.errors import MissingPackageError
 from kbit_inductor.passes.pipeline import BUILT_IN
 from kbit_inductor.passes.registry import passes
 from kbit_inductor.testing.rewriting import Rewritten
@@ -179,29 +179,11 @@ def _add(module: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(name, tensor.detach())
 
 
-def require_safetensors() -> None:
-    """Make sure that a part can be written.
-
-    Raises:
-        MissingPackageError: safetensors is not installed.
-    """
-    try:
-        import safetensors.torch  # noqa: F401  (only whether it imports matters)
-    except ImportError:
-        raise MissingPackageError("kbit_inductor.bisect writes tensors by safetensors; pip install safetensors") from None
-
-
 def write(part: Part, folder: Path, title: str, reason: str) -> Path:
     """Write ``part`` as a program ``repro.py`` with ``tensors.safetensors`` into ``folder``, and return its path.
 
     ``title`` and ``reason`` are told in its docstring.
-
-    Raises:
-        MissingPackageError: safetensors is not installed.
     """
-    require_safetensors()
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     given = {f"input_{i}": value for i, value in enumerate(part.inputs)}
     tensors = {**part.tensors, **{name: value for name, value in given.items() if isinstance(value, Tensor)}}

@@ -33,7 +33,7 @@ def careless(gm, context):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in ((24, 40), (40, 48), (48, 24)))
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in ((24, 40), (40, 48)))
 
     def forward(self, x):
         for layer in self.layers:
@@ -59,7 +59,7 @@ def test_a_planted_fault_is_found_and_the_program_shows_it(careless, tmp_path):
     assert culprit.layer is None  # it needs no packed weight to be wrong
     assert "what the graph means moved" in culprit.reason
     text = culprit.script.read_text()
-    assert text.count("linear(") == 1 and "tanh" not in text  # of ten operators one is left
+    assert text.count("linear(") == 1 and "tanh" not in text  # of seven operators one is left
     with pytest.raises(kbit.BrokenPassError, match="pass 'careless'"):
         runpy.run_path(str(culprit.script))
     del registry._by_name["careless"]
@@ -78,9 +78,3 @@ def test_the_first_layer_that_breaks_is_named(tmp_path, monkeypatch):
     assert (culprit.broken_pass, culprit.layer) == (None, "layers.1")
     assert "stale" in culprit.reason
     assert culprit.script is None  # a fresh copy of the weight is packed as it is
-
-
-def test_without_safetensors_it_says_what_to_install(careless, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(kbit.MissingPackageError, match="pip install safetensors"):
-        kbit.bisect(Model().eval(), torch.randn(3, 24), OPTIONS, tmp_path)

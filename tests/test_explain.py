@@ -1,3 +1,5 @@
+from html.parser import HTMLParser
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,39 @@ def test_the_table_shows_every_layer_and_the_totals():
     for layer in report.layers:
         assert layer.name in text
     assert f"{sum(layer.bytes_after for layer in report.layers):,}" in text
+
+
+class Page(HTMLParser):
+    """The texts of a page by element, and whether it asks for anything outside of it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.cells, self.graphs, self.outside = "", [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.open = tag
+        self.outside += [name for name, _ in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        {"td": self.cells, "pre": self.graphs}.get(self.open, []).append(data.strip())
+
+
+def test_the_page_shows_layers_and_graphs_and_needs_nothing_else(tmp_path):
+    report = kbit.explain(Model(), INDICES, config={"skip": ["down"]}, html=tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert all(layer.name in page.cells for layer in report.layers)
+    assert not page.outside and "//" not in text.replace("<!doctype", "").split("<h2>")[0]
+    assert "placeholder" in page.graphs[0] and "kbit.linear_cpu" not in page.graphs[0]
+    assert any("kbit.linear_cpu" in graph for graph in page.graphs)
+
+
+def test_a_page_takes_no_name_for_markup(tmp_path):
+    model = nn.Sequential()
+    model.add_module("<b>&", nn.Linear(64, 64))
+    kbit.explain(model, torch.randn(2, 64), html=tmp_path / "report.html")
+    assert "<b>&" in Page((tmp_path / "report.html").read_text()).cells
 
 
 def test_fusions_are_counted_over_all_graphs():

@@ -32,7 +32,7 @@ def test_a_llama_layer_is_four_calls():
     compiled = Compiled(Logits(), torch.randint(0, 200, (2, 9)))
     assert compiled.fusions == {"siblings": 2 * 5, "gate": 2, "residual": 2 * 2, "norm": 2 * 2}
     assert compiled.products() == 2 * 4 + 1  # and the head
-    assert compiled.operators["rsqrt"] + compiled.operators["<built-in method rsqrt of type object>"] <= 1  # the last norm
+    assert compiled.operators["rsqrt"] <= 1  # the last norm
     assert compiled.error < 2e-5
 
 
