@@ -84,3 +84,10 @@ def test_a_written_state_keeps_its_value():
     counter = Counter().eval().requires_grad_(False)
     torch.compile(counter, backend="kbit", options=OPTIONS | {"debug": True})(torch.randn(3, 24))
     assert counter.count.eq(1).all()  # by the call, and not by the checks
+
+
+def test_a_model_that_was_packed_before_is_checked_too():
+    packed = model()
+    kbit.quantize_(packed, OPTIONS)
+    report = torch.compile(packed, backend="kbit", options=OPTIONS | {"debug": True})(torch.randn(30, 24))
+    assert report.shape == (30, 24)

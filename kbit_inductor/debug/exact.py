@@ -91,7 +91,7 @@ def definition_of(target: Any) -> Callable[..., Any] | None:
     """``(dense, *arguments) -> result`` in float64, of the packed operator ``target``; None when it is none."""
     if not isinstance(target, OpOverload) or target.namespace != "kbit":
         return None
-    name = target._schema.name.removeprefix("kbit::")
+    name = target._schema.name.removeprefix("kbit::").removeprefix("tiled_")  # packed before, by quantize_
     if name in WHOLE:
         return WHOLE[name]
     family = next((each for each in FAMILIES if name.startswith(each)), None)
@@ -99,6 +99,15 @@ def definition_of(target: Any) -> Callable[..., Any] | None:
         return None
     planes = target._schema.arguments[1].name == "planes"
     return BY_FAMILY[family, "planes" if planes else "tiled"]
+
+
+def _dense(dense: Dense, weight: Tensor) -> Tensor:
+    """The float64 form of a packed weight of the CPU. One that ``kbit_inductor.quantize_`` packed is in no slot of the graph."""
+    known = dense.get(id(weight))
+    if known is not None:
+        return known
+    rows = torch.ops.kbit.untile_cpu(weight)[0].shape[0]
+    return torch.ops.kbit.dequantize_cpu(weight, 0, rows).double()  # type: ignore[no-any-return]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,7 +121,7 @@ def _fused(
     x = x.double()
     if norm_weight is not None:
         x = functional.rms_norm(x, x.shape[-1:], norm_weight.double(), eps)
-    parts = [_linear(x, dense[id(weight)], bias) for weight, bias in zip(weights, biases, strict=True)]
+    parts = [_linear(x, _dense(dense, weight), bias) for weight, bias in zip(weights, biases, strict=True)]
     act = ACTIVATIONS[activation]
     y = act(parts[0]) * parts[1] if gated else act(torch.cat(parts, dim=-1))
     return y if residual is None else residual.double() + y
@@ -132,12 +141,12 @@ def _chain(
 
 
 def _batched(dense: Dense, x: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
-    matrices = dense[id(weight)]
+    matrices = _dense(dense, weight)
     return x.double() @ (matrices if index is None else matrices[index.long()]).mT
 
 
 def _grouped(dense: Dense, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    matrices = dense[id(weight)]
+    matrices = _dense(dense, weight)
     out = matrices.new_zeros(x.shape[0], matrices.shape[1])
     begin = 0
     for matrix, end in zip(matrices, offsets.tolist(), strict=True):
@@ -154,9 +163,9 @@ WHOLE: Mapping[str, Callable[..., Any]] = {
 # The arguments of a family's operators by the layout that they read: planes, scale, offset, global_scale, … or one weight, …
 BY_FAMILY: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("linear", "planes"): lambda dense, x, planes, s, z, g, bias, *_: _linear(x, dense[id(planes)], bias),
-    ("linear", "tiled"): lambda dense, x, weight, bias, *_: _linear(x, dense[id(weight)], bias),
+    ("linear", "tiled"): lambda dense, x, weight, bias, *_: _linear(x, _dense(dense, weight), bias),
     ("embedding", "planes"): lambda dense, indices, planes, *_: functional.embedding(indices, dense[id(planes)]),
-    ("embedding", "tiled"): lambda dense, indices, weight, *_: functional.embedding(indices, dense[id(weight)]),
+    ("embedding", "tiled"): lambda dense, indices, weight, *_: functional.embedding(indices, _dense(dense, weight)),
     ("batched_linear", "planes"): lambda dense, x, planes, s, z, g, index, *_: _batched(dense, x, planes, index),
     ("batched_linear", "tiled"): lambda dense, x, weight, index, *_: _batched(dense, x, weight, index),
     ("grouped_linear", "planes"): lambda dense, x, planes, s, z, g, offsets, *_: _grouped(dense, x, planes, offsets),

@@ -104,7 +104,7 @@ class _Fusion:
         for node in products:
             operands: Any = node.args
             x, weight, bias, rows, bits, *told = operands
-            self.group_sizes[weight] = told[0] if told else self.group_size_of_slot(x, weight)
+            self.group_sizes[weight] = told[0] if told else self.group_size_of_slot(node, weight)
             call = Call(x, None, 0.0, [weight], [bias], [rows], "", False, None, bits)
             with self.graph.inserting_before(node):
                 self.replace(node, self.call(call, node, node.meta.get(VALUE)))
@@ -121,11 +121,11 @@ class _Fusion:
             if len(nodes) > 1:
                 self.merge(nodes)
 
-    def group_size_of_slot(self, x: Any, weight: Any) -> int:
+    def group_size_of_slot(self, product: fx.Node, weight: Any) -> int:
         """The group size of a weight that this graph packs. All weights of a call must share theirs."""
         for slot, operands in zip(self.context.slots, self.context.operands, strict=True):
             if operands[0] is weight.meta[VALUE]:
-                return slot.form.config.group_columns(int(x.meta[VALUE].shape[-1]))
+                return slot.form.config.group_columns(next(use.columns for use, _ in self.context.choices if use.node is product))
         raise LookupError(f"{weight} is no packed weight")
 
     def merge(self, nodes: list[fx.Node]) -> None:
