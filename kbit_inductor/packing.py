@@ -15,6 +15,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes
+from kbit_inductor.kernels.words import WordLayout, pack_words, unpack_words
 from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,12 +30,13 @@ class PackedWeight:
     Attributes:
         operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale,
             codebook``, without ``offset`` when the grid is symmetric and without ``codebook`` when every code is its own level; in
-            the layouts ``"tiled"`` and ``"vectors"`` of the CPU kernels, one uint8 tensor. Those of a batch are the operands of
-            its matrices, stacked.
+            the layout ``"words"`` of the GPU kernels (``kbit_inductor.kernels.words``) the same with ``words`` for ``planes`` and
+            groups before rows; in the layouts ``"tiled"`` and ``"vectors"`` of the CPU kernels, one uint8 tensor. Those of a batch
+            are the operands of its matrices, stacked.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
-        layout: ``"planes"``, ``"tiled"`` or ``"vectors"``.
+        layout: ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
         batch: E, or None for one matrix.
     """
 
@@ -63,6 +65,9 @@ class PackedWeight:
             else:
                 planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
             group_size = self.config.group_columns(self.columns)
+            if self.layout == "words":
+                planes = pack_codes(unpack_words(planes, self.config.bits, self.columns, group_size), self.config.bits)
+                scale, offset = scale.t(), None if offset is None else offset.t()
             return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype, codebook)
 
 
@@ -106,6 +111,10 @@ def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: S
     if layout in TILED_LAYOUTS:
         vectors = layout == "vectors"
         operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook, vectors),)
+    elif layout == "words":
+        groups_first = [None if each is None else each.t().contiguous() for each in (quantized.scale, quantized.offset)]
+        words = pack_words(quantized.codes, config.bits, group_size)
+        operands = tuple(each for each in (words, *groups_first, quantized.global_scale, codebook) if each is not None)
     else:
         operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
     return PackedWeight(operands, config, columns, quantized.error, layout)
@@ -127,7 +136,10 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T | None, T, T | None]:
-    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what ``config`` does without."""
+    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what ``config`` does without.
+
+    In the layout ``"words"`` the words are in the place of planes.
+    """
     rest = list(operands)
     codebook = rest.pop() if config.levels() else None
     planes, scale, *offset, global_scale = rest
@@ -144,7 +156,12 @@ def operand_specs(
         has_codebook, vectors = bool(config.levels()), layout == "vectors"
         nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, has_codebook, vectors)
         return [((*stacked, nbytes), torch.uint8)]
-    grid = ((*stacked, rows, group_count(columns, group_size)), torch.float16)
-    planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)
+    groups = group_count(columns, group_size)
+    if layout == "words":
+        grid = ((*stacked, groups, rows), torch.float16)
+        planes = ((*stacked, rows, WordLayout.of(config.bits, columns, group_size).row_words), torch.int16)
+    else:
+        grid = ((*stacked, rows, groups), torch.float16)
+        planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)
     codebook = [((*stacked, 2**config.bits), torch.uint8)] if config.levels() else []
     return [planes, grid, *([] if config.symmetric else [grid]), ((*stacked, 1), torch.float32), *codebook]
