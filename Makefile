@@ -8,7 +8,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Byte code is compiled as it is imported: most of what is installed never is, and compiling all takes a minute.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 # Python releases for which the torch of constraints.txt has wheels.
 OLDEST := 10
 NEWEST := 14

@@ -6,24 +6,35 @@
 from __future__ import annotations
 
 from kbit_inductor.backend import kbit
+from kbit_inductor.bisect import Culprit, bisect
 from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import (
+    BrokenPassError,
     BudgetError,
+    CorruptModelError,
     EmptyCalibrationError,
     EmptyPromptError,
+    FormatVersionError,
     InterruptedStreamError,
+    InvalidKernelError,
     InvalidOptionError,
     InvalidPaddingError,
+    InvalidPassError,
     InvalidPromptError,
     InvalidSamplingError,
     KbitError,
+    MissingPackageError,
     ModelCallError,
+    ModelMismatchError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
+    NotAModelFileError,
+    NotAModelFolderError,
+    PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
     TooManyTokensError,
@@ -31,36 +42,55 @@ from kbit_inductor.errors import (
     UncapturableModelError,
     UnknownOptionError,
     UnmatchedOverrideError,
+    UnsavableModelError,
     UnsupportedDtypeError,
     UnsupportedShapeError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generate import Generator, generate
+from kbit_inductor.ggufmodel import from_gguf
+from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
+from kbit_inductor.saving import load, save
+from kbit_inductor.surgery import dequantize_, quantize_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BrokenPassError",
     "BudgetError",
     "Calibration",
     "Config",
+    "CorruptModelError",
+    "Culprit",
     "EmptyCalibrationError",
     "EmptyPromptError",
     "Explanation",
+    "FormatVersionError",
     "Generator",
     "InterruptedStreamError",
+    "InvalidKernelError",
     "InvalidOptionError",
     "InvalidPaddingError",
+    "InvalidPassError",
     "InvalidPromptError",
     "InvalidSamplingError",
     "KbitError",
     "LayerConfig",
     "LayerReport",
+    "MissingPackageError",
     "ModelCallError",
+    "ModelMismatchError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
+    "NotAModelFileError",
+    "NotAModelFolderError",
+    "Pass",
+    "PassOrderError",
     "Plan",
     "PlannedLayer",
     "PromptTooLongError",
@@ -70,13 +100,22 @@ __all__ = [
     "UncapturableModelError",
     "UnknownOptionError",
     "UnmatchedOverrideError",
+    "UnsavableModelError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "bisect",
     "calibrate",
+    "dequantize_",
     "explain",
+    "from_gguf",
     "generate",
     "kbit",
+    "load",
     "plan",
+    "quantize_",
+    "register_kernel",
+    "register_pass",
     "register_quantizer",
     "restore_",
+    "save",
 ]

@@ -1,24 +1,27 @@
-"""Every use of torch beyond its public API. A test imports each name, so a torch that lacks one is found at once."""
+"""Every use of torch beyond its public API. A test uses each name, so a torch that lacks one is found at once.
+
+Dynamo and Inductor are imported where they are used: together they take longer than torch, and only who compiles needs them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.utils import InputType
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.compiler import config as compiler_config
+from torch.fx.graph_module import _format_import_block
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.package import sys_importer  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import _disable_current_modes
+
+if TYPE_CHECKING:
+    from torch._inductor.utils import InputType
 
 __all__ = [
     "FakeTensor",
@@ -27,8 +30,11 @@ __all__ = [
     "OpOverload",
     "StorageWeakRef",
     "below_autograd",
+    "cache_tag",
     "copy_graph",
     "graph_breaks",
+    "hint",
+    "import_block",
     "inductor",
     "is_compiled_function",
     "is_transformed",
@@ -67,13 +73,29 @@ def below_autograd() -> contextlib.AbstractContextManager[Any]:
 
 def no_size_asserts() -> contextlib.AbstractContextManager[Any]:
     """Compile without a check of each input's size and strides at each call, for callers that vouch for them."""
+    from torch._inductor import config as inductor_config
+
     return cast("contextlib.AbstractContextManager[Any]", inductor_config.patch(size_asserts=False))
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> Callable[..., Any]:
     """Compile ``graph`` as ``torch.compile(mode=mode)`` would. ``inputs`` may be fake tensors of the graph's own fake mode."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
     patches = dict(list_mode_options(mode)) or None
     return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
+
+
+def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:
+    """Compile with ``tag`` in the keys of Inductor's and AOTAutograd's caches, besides one that the user has set."""
+    whole = ":".join(filter(None, (compiler_config.cache_key_tag, tag)))
+    return cast("contextlib.AbstractContextManager[Any]", compiler_config.patch(cache_key_tag=whole))  # type: ignore[attr-defined]
+
+
+def hint(size: torch.SymInt) -> int:
+    """The number that a symbolic size has in the call being compiled, without a guard."""
+    return int(size.node.hint)
 
 
 def source_name(placeholder: fx.Node) -> str | None:
@@ -113,9 +135,16 @@ def mark_static_input(placeholder: fx.Node) -> None:
 
 def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     """``function`` on fake ``inputs`` as an ATen graph, with composite operators taken apart."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     modes: Iterator[FakeTensorMode] = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     with next(modes), torch.no_grad():
         return make_fx(function)(*inputs)
+
+
+def import_block(names: dict[str, Any]) -> str:
+    """The import statements that give the ``names`` which generated code of a graph refers to."""
+    return str(_format_import_block(names, sys_importer))
 
 
 def is_compiled_function(function: object) -> bool:
@@ -125,4 +154,6 @@ def is_compiled_function(function: object) -> bool:
 
 def graph_breaks() -> dict[str, int]:
     """Dynamo's count of graph breaks by reason, since the process began or Dynamo was reset."""
+    from torch._dynamo.utils import counters
+
     return dict(counters["graph_break"])

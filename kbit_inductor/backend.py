@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,16 +12,20 @@ import torch
 from torch import Tensor, fx
 
 from kbit_inductor import logs
-from kbit_inductor._compat import copy_graph, inductor
+from kbit_inductor._compat import cache_tag, copy_graph, inductor
 from kbit_inductor.binding import Binding
 from kbit_inductor.bits.graph import with_bits
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
+from kbit_inductor.debug.inspector import Inspector
 from kbit_inductor.errors import KbitError, ReleasedWeightError
 from kbit_inductor.instruction_set import check_instruction_set
 from kbit_inductor.overrides import check_overrides
 from kbit_inductor.passes import pipeline
-from kbit_inductor.passes.lower import Lowered
+from kbit_inductor.passes.digest import digest
+from kbit_inductor.passes.pipeline import Observer
+from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.registry import passes
 from kbit_inductor.release import MEND, is_released
 from kbit_inductor.store import STORE, Slot
 
@@ -48,21 +54,40 @@ def kbit(
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Compiled:
-    """Rewrite a graph to packed weights and compile it by Inductor; a graph without a match goes to Inductor untouched."""
-    rewritten, context, lowered = capture(gm, example_inputs, config)
-    _log_matches(context, lowered, example_inputs)
+    """Rewrite a graph to packed weights and compile it by Inductor; a graph that nothing changes in goes to Inductor untouched."""
+    rewritten, context = capture(gm, example_inputs, config)
+    _log_matches(context, example_inputs)
     _log_constants(gm)
-    kept = _kept_arguments(context, len(example_inputs))
+    kept = kept_arguments(context, len(example_inputs))
     floats = tuple((weight.argument, weight.name) for weight in context.weights if weight.argument in kept)
-    if not lowered.slots:
-        inner = inductor(gm, example_inputs, config.mode)
-        return _guarded(inner, floats)
-    inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *lowered.values], config.mode)
-    return _guarded(_bound(inner, kept, tuple(lowered.slots)), floats)
+    with cache_tag(f"kbit-{digest(passes())}"):
+        if not context.slots:
+            untouched = passes() == pipeline.BUILT_IN and not context.fusions
+            inner = inductor(gm if untouched else rewritten, example_inputs, config.mode)
+            return _guarded(inner, floats)
+        inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *itertools.chain(*context.operands)], config.mode)
+    return _guarded(bound(inner, kept, tuple(context.slots)), floats)
 
 
-def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> tuple[fx.GraphModule, Context, Lowered]:
-    """A copy of ``gm`` that takes packed weights, with what was found."""
+def capture(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    chosen: Sequence[Pass] | None = None,
+    observers: Sequence[Observer] = (),
+) -> tuple[fx.GraphModule, Context]:
+    """A copy of ``gm`` that takes packed weights, with what was found.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: what it is called with.
+        config: the options.
+        chosen: the passes, in order; None for all that are registered.
+        observers: what looks on. Under ``debug`` an :class:`Inspector` is among them.
+
+    Raises:
+        BrokenPassError: under ``debug``, a pass that breaks the graph or its promise.
+    """
     check_instruction_set()
     copied = copy_graph(gm)
     weights = find_weights(copied.graph, example_inputs, config)
@@ -71,20 +96,22 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
         config = with_bits(config, weights, example_inputs)
         weights = find_weights(copied.graph, example_inputs, config)
     context = begin(copied.graph, weights, config)
-    lowered = pipeline.run(context)
+    if config.debug or os.environ.get("KBIT_DEBUG", "0") not in ("", "0"):
+        observers = (*observers, Inspector(example_inputs))
+    pipeline.run(copied, context, passes() if chosen is None else chosen, observers)
     copied.graph.lint()
     copied.recompile()
-    return copied, context, lowered
+    return copied, context
 
 
-def _kept_arguments(context: Context, count: int) -> tuple[int, ...]:
+def kept_arguments(context: Context, count: int) -> tuple[int, ...]:
     """The positions of the original inputs that the rewritten graph still takes."""
     alive = set(context.graph.find_nodes(op="placeholder"))
     dropped = {weight.argument for weight in context.weights if weight.node not in alive}
     return tuple(i for i in range(count) if i not in dropped)
 
 
-def _bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
+def bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
     """``inner`` called with the weights that the arguments of this very call have, packed."""
 
     binding = Binding(STORE, slots)
@@ -118,24 +145,24 @@ def raiser(error: KbitError) -> Compiled:
     return call
 
 
-def _log_matches(context: Context, lowered: Lowered, inputs: Sequence[Any]) -> None:
-    log.info("matched %d products and look-ups on %d packed weights", len(context.uses), len(lowered.slots))
-    if lowered.fusions:
-        log.info("fused %s", ", ".join(f"{kind} {count}" for kind, count in sorted(lowered.fusions.items())))
-    for use, choice in lowered.choices:
+def _log_matches(context: Context, inputs: Sequence[Any]) -> None:
+    log.info("matched %d products and look-ups on %d packed weights", len(context.uses), len(context.slots))
+    if context.fusions:
+        log.info("fused %s", ", ".join(f"{kind} {count}" for kind, count in sorted(context.fusions.items())))
+    for use, choice in context.choices:
         kernel_log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
     for name, reasons in context.reasons.items():
         log.info("%s stays in float: %s", name, "; ".join(reasons))
-    _log_fallbacks(lowered)
-    for reason in dict.fromkeys(slot.lacks(inputs[slot.argument]) for slot in lowered.slots):
+    _log_fallbacks(context)
+    for reason in dict.fromkeys(slot.lacks(inputs[slot.argument]) for slot in context.slots):
         if reason is not None:
             _warn_lacking(reason)
     if torch.is_grad_enabled():
-        _log_frozen({slot.name: inputs[slot.argument] for slot in lowered.slots})
+        _log_frozen({slot.name: inputs[slot.argument] for slot in context.slots})
 
 
-def _log_fallbacks(lowered: Lowered) -> None:
-    for use, choice in lowered.choices:
+def _log_fallbacks(context: Context) -> None:
+    for use, choice in context.choices:
         if choice.kernel.name == "reference":
             why = "; ".join(f"{name}: {reason}" for name, reason in choice.rejected)
             _warn_slow(f"{use.family}: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kbit_inductor._compat import FakeTensorMode, is_transformed, member_path, source_name, storage_id
+from kbit_inductor._compat import FakeTensor, FakeTensorMode, is_transformed, member_path, source_name, storage_id
 from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.lowering.registry import Choice
 from kbit_inductor.packing import WEIGHT_DTYPES
+from kbit_inductor.store import Slot
 from kbit_inductor.views import Strides, WeightView, expanded_batch
 
 VALUE = "example_value"  # the metadata key under which Dynamo keeps a node's fake value
@@ -96,7 +99,21 @@ class Use:
 
 @dataclass
 class Context:
-    """The state that passes share while one graph is rewritten."""
+    """The state that passes share while one graph is rewritten.
+
+    Attributes:
+        graph: which is rewritten, in place.
+        config: the options.
+        weights: its parameters and buffers of two dimensions and more.
+        memories: by storage of fake tensors, which hold a weight's values.
+        selections: by storage of fake tensors, which hold matrices picked out of a weight.
+        uses: the products and look-ups that were matched.
+        reasons: by name of a layer, why a use of it was not.
+        slots: the packed weights that the graph takes after its other inputs.
+        operands: the fake operands of each of them, in the order of the graph's inputs.
+        choices: the kernel of each use.
+        fusions: how often each kind of fusion was done.
+    """
 
     graph: fx.Graph
     config: Config
@@ -105,6 +122,16 @@ class Context:
     selections: dict[int, Selection] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     reasons: dict[str, list[str]] = field(default_factory=dict)
+    slots: list[Slot] = field(default_factory=list)
+    operands: list[tuple[Tensor, ...]] = field(default_factory=list)
+    choices: list[tuple[Use, Choice]] = field(default_factory=list)
+    fusions: Counter[str] = field(default_factory=Counter)
+
+    def moved(self, old: fx.Node, new: fx.Node) -> None:
+        """Let what is known of a product's node be known of the node that computes it now."""
+        for use, _ in self.choices:
+            if use.node is old:
+                use.node = new
 
     def explain(self, weight: GraphWeight, reason: str) -> None:
         """Note why a use of ``weight`` was not matched."""
@@ -199,8 +226,8 @@ class Context:
 
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the graph's values belong to."""
-        mode: FakeTensorMode = self.weights[0].value.fake_mode  # type: ignore[attr-defined]
-        return mode
+        values = (node.meta.get(VALUE) for node in self.graph.find_nodes(op="placeholder"))
+        return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), FakeTensorMode())
 
 
 def tensors_of(node: fx.Node) -> list[Tensor]:

@@ -13,9 +13,11 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
+from kbit_inductor.quantizers.registry import find as find_quantizer
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
+AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook")
 
 
@@ -46,7 +48,7 @@ class LayerConfig:
         _integer("group_size", self.group_size, lambda v: v == -1 or v >= 1, "a positive integer, or -1 for a whole row")
         if not isinstance(self.symmetric, bool):
             raise InvalidOptionError(f"option 'symmetric' is {self.symmetric!r}; give True or False")
-        if self.quantizer not in QUANTIZERS:
+        if find_quantizer(self.quantizer) is None:
             raise InvalidOptionError(f"option 'quantizer' is {self.quantizer!r}; give one of {', '.join(sorted(QUANTIZERS))}")
         if self.activation_bits != "auto":
             wanted = "an integer from 1 to 8, 16, or 'auto'"
@@ -61,6 +63,10 @@ class LayerConfig:
         """The part that says how the weight is stored: equal for layers that can share a packed weight."""
         name = self.codebook if self.levels() else "uniform"
         return dataclasses.replace(self, activation_bits="auto", codebook=name)
+
+    def activation_bits_on_cpu(self) -> int:
+        """What kernels of the CPU round activations to."""
+        return AUTO_ACTIVATION_BITS if isinstance(self.activation_bits, str) else self.activation_bits
 
     def levels(self) -> Codebook | None:
         """The levels that codes stand for; None where every code is its own."""
@@ -90,6 +96,7 @@ class Config(LayerConfig):
         min_elements: weights with fewer elements stay in float.
         release_weights: free the float weights once they are packed.
         mode: as in ``torch.compile``; it reaches Inductor.
+        debug: check the graph after each pass, and log what the pass did: see docs/passes.md. Slow.
         calibration: statistics of the layers' inputs, from :func:`kbit_inductor.calibrate`, for the quantizers that use them.
 
     Raises:
@@ -105,13 +112,15 @@ class Config(LayerConfig):
     min_elements: int = 1024
     release_weights: bool = False
     mode: str = "default"
+    debug: bool = False
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _integer("min_elements", self.min_elements, lambda v: v >= 0, "an integer, zero or more")
-        if not isinstance(self.release_weights, bool):
-            raise InvalidOptionError(f"option 'release_weights' is {self.release_weights!r}; give True or False")
+        for name in ("release_weights", "debug"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidOptionError(f"option {name!r} is {getattr(self, name)!r}; give True or False")
         if self.mode not in MODES:
             raise InvalidOptionError(f"option 'mode' is {self.mode!r}; give one of {', '.join(MODES)}")
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):

@@ -31,6 +31,34 @@ class UnsupportedShapeError(KbitError, ValueError):
     """A weight that is neither a matrix nor a batch of matrices."""
 
 
+class InvalidPassError(KbitError, ValueError):
+    """A pass of an unknown tier or of a name that is taken, or one that returns another graph in place of editing its own."""
+
+
+class PassOrderError(KbitError, ValueError):
+    """Constraints on the order of passes that form a circle, or that name a pass that does not exist."""
+
+
+class BrokenPassError(KbitError, AssertionError):
+    """A pass that, under ``debug``, was seen to break a graph or the promise of its tier.
+
+    Attributes:
+        broken: the name of the pass.
+    """
+
+    def __init__(self, broken: str, message: str) -> None:
+        super().__init__(f"pass {broken!r} {message}")
+        self.broken = broken
+
+
+class MissingPackageError(KbitError, ImportError):
+    """A package that only a part of this one needs, and that is not installed."""
+
+
+class InvalidKernelError(KbitError, ValueError):
+    """A kernel of a name that is taken, or without the operators that its record names."""
+
+
 class BudgetError(KbitError, ValueError):
     """A budget for ``bits="auto"`` that even the least bits exceed."""
 
@@ -45,6 +73,30 @@ class NonFiniteActivationError(KbitError, ValueError):
 
 class ReleasedWeightError(KbitError, RuntimeError):
     """A use of float weights that ``release_weights=True`` has freed."""
+
+
+class NotAModelFolderError(KbitError, FileNotFoundError):
+    """A folder to load from that holds no saved model, or a file where a folder is to be."""
+
+
+class NotAModelFileError(KbitError, ValueError):
+    """A file to import that is not there, or is none of its format."""
+
+
+class FormatVersionError(KbitError, ValueError):
+    """A saved model of a version of the format that this release does not read."""
+
+
+class CorruptModelError(KbitError, ValueError):
+    """Files of a saved model that are damaged, incomplete, or not what they say."""
+
+
+class ModelMismatchError(KbitError, ValueError):
+    """A model to load into that is not the one that was saved."""
+
+
+class UnsavableModelError(KbitError, ValueError):
+    """A model with a tensor that has no values, or that no file can hold."""
 
 
 class ModelCallError(KbitError, RuntimeError):

@@ -20,7 +20,7 @@ from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
-from kbit_inductor.passes.lower import Lowered
+from kbit_inductor.modules import PackedMatrix, matrix_of
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
 from kbit_inductor.views import WeightView
@@ -131,7 +131,7 @@ def explain(model: Any, *inputs: Any, config: Config | Mapping[str, Any] | None 
             raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
     breaks = {reason: count - breaks_before.get(reason, 0) for reason, count in graph_breaks().items()}
     return Explanation(
-        (*recorder.reports.values(), *_unreached(original, recorder.seen)),
+        (*recorder.reports.values(), *_packed_before(original), *_unreached(original, recorder.seen)),
         recorder.graphs,
         {reason: count for reason, count in breaks.items() if count},
         recorder.fusions,
@@ -151,11 +151,11 @@ class _Recorder:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.graphs += 1
         try:
-            _, context, lowered = backend.capture(gm, inputs, self.config)
+            _, context = backend.capture(gm, inputs, self.config)
             weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
             self.seen |= {id(tensor) for tensor in weights.values()}
-            self.fusions += lowered.fusions
-            for key, report in _reports(context, lowered, weights):
+            self.fusions += context.fusions
+            for key, report in _reports(context, weights):
                 self.reports[key] = _merged(self.reports.get(key), report)
         except KbitError as error:
             return backend.raiser(error)
@@ -179,15 +179,13 @@ def _merged(old: LayerReport | None, new: LayerReport) -> LayerReport:
     return dataclasses.replace(new if new.matched else old, **merged)  # type: ignore[arg-type]
 
 
-def _reports(
-    context: Context, lowered: Lowered, weights: Mapping[int, Tensor]
-) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
-    for slot in lowered.slots:
+def _reports(context: Context, weights: Mapping[int, Tensor]) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
+    for slot in context.slots:
         uses = [
-            (use, choice) for use, choice in lowered.choices if (use.weight.argument, use.view) == (slot.argument, slot.form.view)
+            (use, choice) for use, choice in context.choices if (use.weight.argument, use.view) == (slot.argument, slot.form.view)
         ]
         yield (id(weights[slot.argument]), slot.form.view), _matched_report(context, slot, uses, weights[slot.argument])
-    packed = {slot.argument for slot in lowered.slots}
+    packed = {slot.argument for slot in context.slots}
     for weight in context.weights:
         if weight.argument not in packed:
             size = weights[weight.argument].nbytes if weight.value.layout == torch.strided else 0
@@ -215,6 +213,26 @@ def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tenso
         kernels=tuple(choice.kernel.name for _, choice in uses),
         rejected=dict(uses[0][1].rejected),
     )
+
+
+def _packed_before(model: Any) -> list[LayerReport]:
+    """The modules on packed weights that :func:`kbit_inductor.quantize_` has made."""
+    if not isinstance(model, nn.Module):
+        return []
+    names: dict[PackedMatrix, list[str]] = {}
+    uses: dict[PackedMatrix, list[str]] = {}
+    for name, module in model.named_modules():
+        if (matrix := matrix_of(module)) is not None:
+            names.setdefault(matrix, []).append(name)
+            uses.setdefault(matrix, []).append("embedding" if isinstance(module, nn.Embedding) else "linear")
+    return [
+        LayerReport(
+            " = ".join(names[matrix]), tuple(matrix.shape), True, ("packed by quantize_",), tuple(uses[matrix]), matrix.config,
+            math.prod(matrix.shape) * matrix.dtype.itemsize, matrix.packed.nbytes, matrix.error,
+            (matrix.kernel,) * len(uses[matrix]), dict(matrix.rejected),
+        )
+        for matrix in names
+    ]  # fmt: skip
 
 
 def _unreached(model: Any, seen: set[int]) -> list[LayerReport]:

@@ -1,4 +1,5 @@
-"""What a causal language model of transformers is given so that a step touches no more of the cache than it needs.
+"""What a causal language model of transformers is given so that a step touches no more of the cache than it needs; and how a
+model of transformers is described and built again.
 
 The cache is static: tensors of a fixed length, written in place. But a step reads only the part that is filled, a view whose size
 is a symbol in the graph. So attention needs no mask where nothing is padded, and its cost grows with the text, not with the cache.
@@ -9,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kbit_inductor.errors import NotACausalLMError, UncapturableModelError
+from kbit_inductor.errors import ModelMismatchError, NotACausalLMError, UncapturableModelError
 
 NAME = "kbit_generator"  # of the attention below, in transformers' tables
 Buffers = list[tuple[Tensor, Tensor]]
@@ -152,3 +156,64 @@ def last_logits(model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tenso
     )
     logits: Tensor = output.logits[:, -1]
     return logits
+
+
+def description(model: nn.Module) -> dict[str, Any] | None:
+    """Class and configuration of ``model`` as JSON, for :func:`build`; None where it is no model of transformers itself."""
+    kind = type(model)
+    if not isinstance(model, PreTrainedModel) or getattr(transformers, kind.__name__, None) is not kind:
+        return None
+    generation = getattr(model, "generation_config", None)
+    return {
+        "class": kind.__name__,
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "generation": None if generation is None else json.loads(generation.to_json_string(use_diff=False)),
+    }
+
+
+def build(described: Mapping[str, Any]) -> nn.Module:
+    """The model that :func:`description` describes, on the meta device, in evaluation mode. Only a class of transformers is taken.
+
+    Raises:
+        ModelMismatchError: this release of transformers has no such class, or does not take the configuration.
+    """
+    name = described.get("class")
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel) or kind.config_class is None:
+        raise ModelMismatchError(
+            f"transformers {transformers.__version__} has no model {name!r}; give load() a function that makes it"
+        )
+    try:
+        config = kind.config_class.from_dict(described["config"])
+        with torch.device("meta"):
+            model = kind(config)
+        if described["generation"] is not None:
+            model.generation_config = GenerationConfig.from_dict(described["generation"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelMismatchError(
+            f"transformers {transformers.__version__} does not make a {name} of the configuration that was saved ({error}); "
+            "give load() a function that makes it"
+        ) from error
+    return cast("nn.Module", model.eval())  # type: ignore[no-untyped-call]
+
+
+def gguf_skeleton(path: Path) -> tuple[nn.Module, dict[str, str], Any]:
+    """For a GGUF file: its model with parameters on the meta device and buffers with values, the name in the model of each tensor
+    of the file, and what turns a tensor of the file into one of the model.
+
+    Raises:
+        ModelMismatchError: transformers has no such architecture.
+    """
+    from accelerate import init_empty_weights
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with init_empty_weights(include_buffers=False):
+            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model.tie_weights()
+        processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())  # type: ignore[no-untyped-call]
+        names = get_gguf_hf_weights_map(model, processor)
+    except (ValueError, NotImplementedError) as error:
+        raise ModelMismatchError(f"transformers does not load the architecture of {path.name}: {error}") from error
+    return model.eval().requires_grad_(False), names, processor

@@ -11,7 +11,7 @@ import os
 
 from kbit_inductor.errors import InvalidOptionError
 
-TOPICS = ("capture", "pack", "kernels", "release")
+TOPICS = ("capture", "passes", "pack", "kernels", "release")
 _LEVELS = {"+": logging.DEBUG, "": logging.INFO, "-": logging.ERROR}
 
 

@@ -13,6 +13,7 @@ from kbit_inductor.capture import GraphWeight
 from kbit_inductor.config import Config, matches
 from kbit_inductor.errors import UnmatchedOverrideError
 from kbit_inductor.logs import logger
+from kbit_inductor.modules import matrix_of
 
 log = logger("capture")
 
@@ -32,12 +33,27 @@ def check_overrides(config: Config, weights: Sequence[GraphWeight], inputs: Sequ
         return
     everywhere = _layer_names({id(inputs[weight.argument]) for weight in weights})
     for pattern in unmatched:
-        if not any(matches(pattern, name) for name in everywhere):
-            close = difflib.get_close_matches(pattern, sorted({*here, *everywhere}), n=3, cutoff=0.4) or here[:3]
-            raise UnmatchedOverrideError(
-                f"the entry {pattern!r} of 'overrides' or 'skip' matches no layer; layers with such names: {', '.join(close)}"
-            )
+        _check(pattern, [*here, *everywhere])
         log.warning("the entry %r of 'overrides' or 'skip' matches no layer of the graph being compiled", pattern)
+
+
+def check_names(config: Config, layers: Sequence[str], model: nn.Module) -> None:
+    """Raise when an entry names none of ``layers``, nor a layer with another parameter of ``model``.
+
+    Raises:
+        UnmatchedOverrideError: such an entry.
+    """
+    others = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in (*config.overrides, *config.skip):
+        _check(pattern, [*layers, *others])
+
+
+def _check(pattern: str, names: Sequence[str]) -> None:
+    if not any(matches(pattern, name) for name in names):
+        close = difflib.get_close_matches(pattern, sorted(set(names)), n=3, cutoff=0.4) or names[:3]
+        raise UnmatchedOverrideError(
+            f"the entry {pattern!r} of 'overrides' or 'skip' matches no layer; layers with such names: {', '.join(close)}"
+        )
 
 
 def _layer_names(weight_ids: set[int]) -> set[str]:
@@ -51,4 +67,5 @@ def _layer_names(weight_ids: set[int]) -> set[str]:
             ]
             if any(id(tensor) in weight_ids for _, tensor in parameters):
                 names |= {name.removesuffix(".weight") for name, _ in parameters}
+                names |= {name for name, module in candidate.named_modules() if matrix_of(module) is not None}
     return names

@@ -14,12 +14,17 @@ from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes
+from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes, unpack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words, unpack_words
 from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
 
+STORED = ("planes", "scale", "offset", "global_scale", "codebook")
+"""Names of the operands of the storage format."""
+UNPACKED_AT_ONCE = 1 << 17  # codes
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
+Grid = tuple[Tensor, "Tensor | None", Tensor]
+"""``scale, offset, global_scale``; a symmetric grid has no offset."""
 T = TypeVar("T")
 
 
@@ -58,17 +63,29 @@ class PackedWeight:
             if self.batch is not None:
                 matrices = zip(*self.operands, strict=True)
                 return torch.stack([dataclasses.replace(self, operands=each, batch=None).dequantize(dtype) for each in matrices])
-            if self.layout in TILED_LAYOUTS:
-                codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
-                planes, offset = pack_codes(codes, self.config.bits), None if self.config.symmetric else zero
-                codebook = levels if levels.numel() else None
-            else:
-                planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
+            planes, scale, offset, global_scale, codebook = plane_operands(self.laid_out("planes").operands, self.config)
             group_size = self.config.group_columns(self.columns)
-            if self.layout == "words":
-                planes = pack_codes(unpack_words(planes, self.config.bits, self.columns, group_size), self.config.bits)
-                scale, offset = scale.t(), None if offset is None else offset.t()
             return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype, codebook)
+
+    def laid_out(self, layout: str) -> PackedWeight:
+        """The same matrix in ``layout``, bit for bit. Those of the CPU kernels need the compiled library."""
+        if layout == self.layout:
+            return self
+        with no_modes():
+            codes, grid, codebook = self._codes()
+            return dataclasses.replace(self, operands=_laid_out(codes, grid, codebook, self.config, layout), layout=layout)
+
+    def _codes(self) -> tuple[Tensor, Grid, Tensor | None]:
+        """Codes, uint8 ``[N, K]``, grid and codebook."""
+        if self.layout in TILED_LAYOUTS:
+            codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
+            offset = None if self.config.symmetric else zero
+            return codes, (scale, offset, global_scale), levels if levels.numel() else None
+        planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
+        if self.layout == "words":
+            codes = unpack_words(planes, self.config.bits, self.columns, self.config.group_columns(self.columns))
+            return codes, (scale.t().contiguous(), None if offset is None else offset.t().contiguous(), global_scale), codebook
+        return _unpacked(planes, self.columns), (scale, offset, global_scale), codebook
 
 
 @torch.no_grad()
@@ -91,33 +108,40 @@ def pack(
             f"layer {layer!r} has a weight of shape {tuple(weight.shape)}; give a matrix [N, K], or [E, N, K] with E of 1 or more"
         )
     with no_modes():
-        if not _is_finite(weight):
-            bad = int(weight.numel() - torch.isfinite(weight).sum())
-            raise NonFiniteWeightError(
-                f"layer {layer!r} has a weight with {bad} values that are NaN or infinite; mend the checkpoint, or leave "
-                f"the layer in float with skip=[{layer!r}]"
-            )
+        check_finite(weight, layer)
         return _pack_matrix(weight, config, layout, statistics) if weight.dim() == 2 else _pack_batch(weight, config, layout)
 
 
 def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None = None) -> PackedWeight:
     columns = weight.size(1)
-    group_size = config.group_columns(columns)
-    levels = config.levels()
     quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
     grid = (quantized.scale, quantized.offset, quantized.global_scale)
-    codebook = Levels(config.bits, levels).table(weight.device)
-    operands: Operands
+    codebook = Levels(config.bits, config.levels()).table(weight.device)
+    return PackedWeight(_laid_out(quantized.codes, grid, codebook, config, layout), config, columns, quantized.error, layout)
+
+
+def _unpacked(planes: Tensor, columns: int) -> Tensor:
+    """The codes of ``planes``, some rows at a time: what is computed on the way takes several times their bytes."""
+    rows = planes.size(1)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=planes.device)
+    step = max(1, UNPACKED_AT_ONCE // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        codes[part] = unpack_codes(planes[:, part], columns)
+    return codes
+
+
+def _laid_out(codes: Tensor, grid: Grid, codebook: Tensor | None, config: LayerConfig, layout: str) -> Operands:
+    """Operands of ``codes``, uint8 ``[N, K]``, in ``layout``."""
     if layout in TILED_LAYOUTS:
-        vectors = layout == "vectors"
-        operands = (torch.ops.kbit.tile_cpu(quantized.codes, *grid, config.bits, group_size, codebook, vectors),)
-    elif layout == "words":
-        groups_first = [None if each is None else each.t().contiguous() for each in (quantized.scale, quantized.offset)]
-        words = pack_words(quantized.codes, config.bits, group_size)
-        operands = tuple(each for each in (words, *groups_first, quantized.global_scale, codebook) if each is not None)
-    else:
-        operands = (pack_codes(quantized.codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
-    return PackedWeight(operands, config, columns, quantized.error, layout)
+        group_size = config.group_columns(codes.size(1))
+        return (torch.ops.kbit.tile_cpu(codes, *grid, config.bits, group_size, codebook, layout == "vectors"),)
+    if layout == "words":
+        words = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
+        scale, offset, global_scale = grid
+        groups_first = (scale.t().contiguous(), None if offset is None else offset.t().contiguous())
+        return tuple(tensor for tensor in (words, *groups_first, global_scale, codebook) if tensor is not None)
+    return (pack_codes(codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
 
 
 def _pack_batch(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeight:
@@ -130,9 +154,14 @@ def _pack_batch(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeigh
     return PackedWeight(operands, config, weight.size(2), lost / sum(norms) if lost else 0.0, layout, batch=len(packed))
 
 
-def _is_finite(weight: Tensor) -> bool:
-    """Whether all values are finite: the extremes carry any NaN or infinity, and need one pass."""
-    return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())
+def check_finite(weight: Tensor, layer: str) -> None:
+    """Raise NonFiniteWeightError where ``weight`` holds NaN or an infinity, which its extremes show in one pass."""
+    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+        bad = int(weight.numel() - torch.isfinite(weight).sum())
+        raise NonFiniteWeightError(
+            f"layer {layer!r} has a weight with {bad} values that are NaN or infinite; mend the checkpoint, or leave "
+            f"the layer in float with skip=[{layer!r}]"
+        )
 
 
 def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T | None, T, T | None]:
@@ -144,6 +173,12 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
     codebook = rest.pop() if config.levels() else None
     planes, scale, *offset, global_scale = rest
     return planes, scale, offset[0] if offset else None, global_scale, codebook
+
+
+def specs_by_name(rows: int, columns: int, config: LayerConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`."""
+    specs = plane_operands(operand_specs(rows, columns, config, "planes"), config)
+    return {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
 
 
 def operand_specs(

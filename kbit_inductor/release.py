@@ -12,7 +12,7 @@ import ctypes
 import functools
 import gc
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Owners:
         """The modules that hold one of ``weights``. The heap is searched only when those known from before hold not all."""
         wanted = {id(weight) for weight in weights}
         if not wanted <= self._held_by_known():
-            self._known.update(obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module))
+            kinds = {id(kind) for kind in _kinds(nn.Module)}  # the heap has millions of objects: asking each is slow
+            self._known.update(thing for thing in gc.get_objects() if id(type(thing)) in kinds)
         return [module for module in self._known if any(id(tensor) in wanted for tensor in _held(module))]
 
     def _held_by_known(self) -> set[int]:
@@ -63,7 +64,7 @@ def release(weights: Mapping[Tensor, str], owners: Owners) -> list[Tensor]:
         _guard_tensor(weight, name)
         weight.data = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
         weight.untyped_storage().resize_(0)
-    _trim_heap()
+    trim_heap()
     log.info("released %d float weights", len(fresh))
     return list(fresh)
 
@@ -76,13 +77,21 @@ def give_memory(weight: Tensor) -> None:
         weight.__dict__.pop(attribute, None)
 
 
+def _kinds(kind: type) -> Iterator[type]:
+    """``kind`` and all classes derived from it."""
+    yield kind
+    found: list[type] = type.__subclasses__(kind)
+    for derived in found:
+        yield from _kinds(derived)
+
+
 def _held(module: nn.Module) -> list[Tensor]:
     """The tensors that ``module`` itself holds."""
     tables = (module.__dict__.get("_parameters", {}), module.__dict__.get("_buffers", {}))
     return [tensor for table in tables for tensor in table.values() if isinstance(tensor, Tensor)]
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system. glibc keeps it otherwise, and the resident size does not fall."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -18,6 +18,8 @@ from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 SCHEMAS = {
     # activation_bits: 1 to 8, or 16 for a block floating point as exact as the dtype of x.
     "linear_cpu": "(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits) -> Tensor",
+    # linear_cpu of a weight that was packed before the graph was captured: the group size tells the passes what they may merge.
+    "tiled_linear_cpu": "(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits, int group_size) -> Tensor",
     # residual + activation(rms_norm(x) @ W.T + bias), all weights' side by side; or, gated, activation(first) * second.
     "fused_linear_cpu": (
         "(Tensor x, Tensor? norm_weight, float eps, Tensor[] weights, Tensor?[] biases, int[] rows, str activation, bool gated, "
@@ -51,6 +53,11 @@ TOOLS = {
     "isas_cpu": "() -> str[]",
     "force_isa_cpu": "(str name) -> ()",
 }
+
+
+def _tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation_bits: int, group_size: int) -> Tensor:
+    product: Tensor = torch.ops.kbit.linear_cpu(x, weight, bias, rows, activation_bits)
+    return product
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation_bits: int) -> Tensor:
@@ -142,5 +149,7 @@ torch.library.register_fake("kbit::decode_attention_cpu", _attention_fake)
 torch.library.register_fake("kbit::chain_cpu", _chain_fake)
 torch.library.register_fake("kbit::linear_grad_input_cpu", _grad_input_fake)
 torch.library.impl("kbit::linear_grad_input_cpu", "CPU", _grad_input)
+# It is taken apart before autograd, so whatever compiles it sees linear_cpu.
+torch.library.impl("kbit::tiled_linear_cpu", "CompositeImplicitAutograd", _tiled_linear)
 torch.library.register_autograd("kbit::linear_cpu", _linear_backward, setup_context=_save_operands)
 torch.library.register_autograd("kbit::linear_grad_input_cpu", _grad_input_backward, setup_context=_save_gradient_operands)

@@ -22,7 +22,9 @@ else:
 
 import torch  # noqa: E402 (see above)
 
-from kbit_inductor.passes import lower  # noqa: E402
+from kbit_inductor import config, entry_points, kernel_registry  # noqa: E402
+from kbit_inductor.passes import registry as passes  # noqa: E402
+from kbit_inductor.quantizers import registry as quantizers  # noqa: E402
 
 # No deadline, and slow examples are no fault: the first example of a shape may compile a kernel.
 settings.register_profile("kbit", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -55,7 +57,7 @@ def _fresh_torch() -> Iterator[None]:
 def _float_activations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rounding activations to 8 bits would hide every smaller mistake. Tests of that rounding ask for it, or are marked.
     if "rounded_activations" not in request.keywords:
-        monkeypatch.setattr(lower, "AUTO_ACTIVATION_BITS", 16)
+        monkeypatch.setattr(config, "AUTO_ACTIVATION_BITS", 16)
 
 
 @pytest.fixture
@@ -66,3 +68,14 @@ def one_thread_without_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unregister() -> Iterator[None]:
+    """Forget what a test registers."""
+    known = [(table, dict(table)) for table in (passes._by_name, kernel_registry._by_name, quantizers._by_name)]
+    yield
+    for table, before in known:
+        table.clear()
+        table.update(before)
+    entry_points.load.cache_clear()

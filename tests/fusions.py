@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kbit_inductor import backend
+from kbit_inductor.capture import Context
+from kbit_inductor.passes import pipeline
 from kbit_inductor.testing import dequantized_copy, relative_error
 
 OPTIONS = {"bits": 5, "group_size": 16, "min_elements": 0}
@@ -27,15 +29,14 @@ class Compiled:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "inductor", self._keep)
             if not chains:
-                patch.setattr(backend.pipeline, "chain", lambda context, lowered: None)
-            run = backend.pipeline.run
-            patch.setattr(backend.pipeline, "run", lambda context: self._count(run(context)))
+                patch.setattr(pipeline, "chain", lambda context: None)
+            run = pipeline.run
+            patch.setattr(pipeline, "run", lambda gm, context, *rest: self._count(context, run(gm, context, *rest)))
             self.result = torch.compile(module, backend="kbit", options=OPTIONS | options)(*inputs)
         self.error = relative_error(self.result, dequantized_copy(module)(*inputs))
 
-    def _count(self, lowered):
-        self.fusions += lowered.fusions
-        return lowered
+    def _count(self, context: Context, _: None) -> None:
+        self.fusions += context.fusions
 
     def _keep(self, gm, inputs, mode):
         self.operators += Counter(str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method"))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOATS, SEEDS
 from threads import with_threads
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +13,7 @@ from torch.nn import functional
 from kbit_inductor import backend
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.passes.patterns import DECODE_QUERIES
+from kbit_inductor.testing.strategies import FLOATS, SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 build.load()
@@ -124,7 +124,7 @@ def fusions(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
         run = backend.pipeline.run
-        patch.setattr(backend.pipeline, "run", lambda context: found.append(run(context)) or found[-1])
+        patch.setattr(backend.pipeline, "run", lambda gm, context, *rest: found.append(context) or run(gm, context, *rest))
         result = torch.compile(module, backend="kbit", options={"min_elements": 0, "bits": 8})(x)
     return found[-1].fusions["attention"], result
 

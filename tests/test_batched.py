@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 from threads import with_threads
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.lowering import ops, registry
 from kbit_inductor.packing import PackedWeight, operand_specs, pack, plane_operands
 from kbit_inductor.quantizers import CODEBOOK_NAMES
+from kbit_inductor.testing.strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 SUFFIXES = ["", "_cpu"]
 LAYOUTS = {"": "planes", "_cpu": "tiled"}

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS, normal
 from threads import with_threads
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,6 +19,7 @@ from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import Format, Statistics, clip, codebook, gptq
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.testing.strategies import SEEDS, normal
 
 GPTQ = kbit.Config(quantizer="gptq")
 

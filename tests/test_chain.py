@@ -9,7 +9,6 @@ import torch
 from fusions import Compiled
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS
 from test_cpu_products import Weight
 from threads import with_threads
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn import functional
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.lowering import chain as chains
 from kbit_inductor.passes.chain import MOST_ROWS
+from kbit_inductor.testing.strategies import SEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 build.load()

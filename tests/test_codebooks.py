@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 import kbit_inductor as kbit
 from kbit_inductor._compat import FakeTensorMode
@@ -19,6 +18,7 @@ from kbit_inductor.quantizers import QUANTIZERS, Format, clip, codebook
 from kbit_inductor.quantizers.codebooks import CODEBOOKS, distortion, lloyd_max, normal_float, to_bytes
 from kbit_inductor.quantizers.levels import Levels
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.testing.strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 WIDTHS = range(2, 8)
 NAMES = sorted(CODEBOOKS)

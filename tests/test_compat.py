@@ -1,4 +1,6 @@
 import importlib
+import subprocess
+import sys
 
 import torch
 
@@ -23,3 +25,20 @@ def test_source_expressions_become_module_paths():
     source = "L['self']._modules['layers']._modules['0']._modules['fc']._parameters['weight']"
     assert _compat.member_path(source) == ["layers", "0", "fc", "weight"]
     assert _compat.member_path("L['x']") == []
+
+
+def test_private_names_that_are_imported_late_exist():
+    with _compat.no_size_asserts(), _compat.below_autograd(), _compat.no_modes():
+        assert isinstance(_compat.graph_breaks(), dict)
+    with _compat.FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.zeros(2, 2))
+    traced = _compat.trace(lambda x: x + 1, [fake])
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]
+    compiled = _compat.inductor(traced, [fake], "default")
+    assert torch.equal(compiled(torch.ones(2, 2)), torch.full((2, 2), 2.0))
+
+
+def test_who_does_not_compile_does_not_wait_for_the_compiler():
+    code = "import sys, kbit_inductor; print(*{'torch._dynamo', 'torch._inductor.compile_fx'} & sys.modules.keys())"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not loaded.split()

@@ -53,6 +53,7 @@ def test_every_page_has_snippets() -> None:
     assert len(ALL) == fences
 
 
+@pytest.mark.usefixtures("unregister")
 @pytest.mark.parametrize("snippet", ALL, ids=lambda snippet: snippet.name)
 def test_snippet_runs(snippet: Snippet) -> None:
     if snippet.reason is not None:

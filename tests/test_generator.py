@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
@@ -20,6 +19,7 @@ import kbit_inductor as kbit
 from kbit_inductor.captured import Captured
 from kbit_inductor.sampling import FIRST_CANDIDATES, Sampling
 from kbit_inductor.testing import dequantized_copy
+from kbit_inductor.testing.strategies import SEEDS
 
 MAX_LENGTH = 32
 VOCABULARY = 200

@@ -94,7 +94,7 @@ class Model(torch.nn.Module):
 
 def test_a_graph_takes_words(on_cpu, monkeypatch):
     """With the choice that a GPU would lead to. Embedding and head share one packed weight."""
-    monkeypatch.setattr(lower, "choose", lambda problem: Choice(TRITON, ()))
+    monkeypatch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))
     model, tokens = Model().eval(), torch.arange(6)
     compiled = torch.compile(model, backend="kbit", options={"bits": 5, "group_size": 24, "codebook": "normal"})
     with torch.no_grad():

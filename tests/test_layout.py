@@ -1,9 +1,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, SEEDS
 
 from kbit_inductor.kernels.layout import group_count, midpoint, pack_codes, packed_width, unpack_codes
+from kbit_inductor.testing.strategies import BITS, SEEDS
 
 
 @given(bits=BITS, rows=st.integers(0, 9), columns=st.integers(0, 70), seed=SEEDS)

@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.lowering import ops, registry
 from kbit_inductor.lowering.registry import Kernel, Problem, choose
 from kbit_inductor.packing import PackedWeight, pack
+from kbit_inductor.testing.strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 SUFFIXES = ["", "_cpu"]
 

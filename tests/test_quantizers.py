@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import InvalidOptionError, NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
@@ -14,6 +13,7 @@ from kbit_inductor.lowering import registry
 from kbit_inductor.packing import operand_specs, pack
 from kbit_inductor.quantizers import QUANTIZERS, Format, Statistics, clip, register_quantizer, rtn
 from kbit_inductor.quantizers import registry as quantizers
+from kbit_inductor.testing.strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 ALL_NAMES = st.sampled_from(sorted(QUANTIZERS))
 DATA_FREE = sorted(name for name, quantizer in QUANTIZERS.items() if quantizer.needs != "hessian")  # the others are "clip" then

@@ -19,7 +19,6 @@ from torch import fx
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.lowering import chain as chains
 from kbit_inductor.passes.fuse import ATTENTION, FUSED, Call
-from kbit_inductor.passes.lower import Lowered
 from kbit_inductor.passes.patterns import is_constant, value_of
 
 CHAIN = torch.ops.kbit.chain_cpu.default
@@ -28,7 +27,7 @@ MOST_ROWS = 16  # with more the products take so long that nothing is gained
 LAYOUTS = ("contiguous", "reshape", "view", "flatten", torch.reshape, torch.flatten)
 
 
-def chain(context: Context, lowered: Lowered) -> None:
+def chain(context: Context) -> None:
     """Make chains of two calls and more, and count the calls in them."""
     order = {node: position for position, node in enumerate(context.graph.nodes)}
     found: list[list[fx.Node]] = []
@@ -41,8 +40,8 @@ def chain(context: Context, lowered: Lowered) -> None:
             found.append([node])
     for calls in found:
         if len(calls) > 1:
-            _replace(context.graph, lowered, calls)
-            lowered.fusions["chained"] += len(calls)
+            _replace(context, calls)
+            context.fusions["chained"] += len(calls)
 
 
 def _has_few_rows(node: fx.Node) -> bool:
@@ -102,7 +101,8 @@ def _swaps_heads_and_queries(node: fx.Node) -> bool:
     return node.target in ("transpose", torch.transpose) and {dim % 4 for dim in node.args[1:]} == {1, 2}  # type: ignore[operator]
 
 
-def _replace(graph: fx.Graph, lowered: Lowered, calls: list[fx.Node]) -> None:
+def _replace(context: Context, calls: list[fx.Node]) -> None:
+    graph = context.graph
     results = [_result(node) for node in calls]
     operands = [operand for node in calls for operand in _operands(node) if operand is not None]
     inputs = list(dict.fromkeys(operand for operand in operands if operand not in results))
@@ -122,7 +122,7 @@ def _replace(graph: fx.Graph, lowered: Lowered, calls: list[fx.Node]) -> None:
             result.replace_all_uses_with(part)
     for node, result in reversed(list(zip(calls, results, strict=True))):
         _erase_back_to(graph, node, result)
-        lowered.moved(node, created)
+        context.moved(node, created)
 
 
 def _call(node: fx.Node, positions: dict[Any, int]) -> chains.Product | chains.Attention:

@@ -2,14 +2,13 @@
 
 Each step looks for one shape of graph around ``kbit::fused_linear_cpu`` and replaces it by a call that computes the same; the
 operator's definition is in :mod:`kbit_inductor.lowering.cpu`. Only graphs without gradients are fused, since the fused operator has
-none. Which fusions happened can be read off the graph: :func:`fuse` returns their counts.
+none. How often each kind of fusion was done is counted in ``Context.fusions``.
 
 Merging siblings and fusing a gate after the manner of vLLM's ``gate_up_proj`` and ``silu_and_mul``, without concatenating weights.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,6 @@ from torch import fx
 from torch.nn import functional
 
 from kbit_inductor.capture import VALUE, Context
-from kbit_inductor.kernels.layout import TILED_LAYOUTS
-from kbit_inductor.passes.lower import Lowered
 from kbit_inductor.passes.patterns import (
     ADD,
     MULTIPLY,
@@ -31,6 +28,7 @@ from kbit_inductor.passes.patterns import (
 )
 
 LINEAR = torch.ops.kbit.linear_cpu.default
+TILED_LINEAR = torch.ops.kbit.tiled_linear_cpu.default
 FUSED = torch.ops.kbit.fused_linear_cpu.default
 ATTENTION = torch.ops.kbit.decode_attention_cpu.default
 
@@ -63,13 +61,13 @@ class Call:
         return not self.activation and not self.gated and self.residual is None
 
 
-def fuse(context: Context, lowered: Lowered) -> Counter[str]:
-    """Fuse all that can be fused, and return how often each kind of fusion was done."""
-    done: Counter[str] = Counter()
-    if torch.is_grad_enabled() or not any(choice.kernel.layout in TILED_LAYOUTS for _, choice in lowered.choices):
-        return done
-    fusion = _Fusion(context, lowered, done)
-    fusion.begin()
+def fuse(context: Context) -> None:
+    """Fuse all that can be fused, and count how often each kind of fusion was done."""
+    products = [node for target in (LINEAR, TILED_LINEAR) for node in context.graph.find_nodes(op="call_function", target=target)]
+    if torch.is_grad_enabled() or not products:
+        return
+    fusion = _Fusion(context)
+    fusion.begin(products)
     fusion.merge_siblings()
     for node in list(context.graph.nodes):
         fusion.gate(node)
@@ -81,15 +79,14 @@ def fuse(context: Context, lowered: Lowered) -> Counter[str]:
         fusion.norm(node)
     for node in list(context.graph.nodes):
         fusion.attention(node)
-    return done
 
 
 class _Fusion:
-    def __init__(self, context: Context, lowered: Lowered, done: Counter[str]) -> None:
+    def __init__(self, context: Context) -> None:
         self.context = context
         self.graph = context.graph
-        self.lowered = lowered
-        self.done = done
+        self.done = context.fusions
+        self.group_sizes: dict[fx.Node, int] = {}  # by packed weight
 
     def call(self, call: Call, meta_of: fx.Node, value: Any) -> fx.Node:
         """A new node for ``call`` at the insertion point, whose result is like ``value``."""
@@ -100,12 +97,14 @@ class _Fusion:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
-        self.lowered.moved(old, new)
+        self.context.moved(old, new)
 
-    def begin(self) -> None:
-        """Every product as a call of the fused operator that fuses nothing."""
-        for node in self.graph.find_nodes(op="call_function", target=LINEAR):
-            x, weight, bias, rows, bits = node.args
+    def begin(self, products: list[fx.Node]) -> None:
+        """Each of ``products`` as a call of the fused operator that fuses nothing."""
+        for node in products:
+            operands: Any = node.args
+            x, weight, bias, rows, bits, *told = operands
+            self.group_sizes[weight] = told[0] if told else self.group_size_of_slot(x, weight)
             call = Call(x, None, 0.0, [weight], [bias], [rows], "", False, None, bits)
             with self.graph.inserting_before(node):
                 self.replace(node, self.call(call, node, node.meta.get(VALUE)))
@@ -116,18 +115,18 @@ class _Fusion:
         for node in self.graph.find_nodes(op="call_function", target=FUSED):
             call = Call.of(node)
             if call is not None and all(bias is None or (bias.op == "placeholder" and is_constant(bias)) for bias in call.biases):
-                families.setdefault((call.x, call.activation_bits, self.group_size(call), node.meta[VALUE].dtype), []).append(node)
+                group_size = self.group_sizes[call.weights[0]]
+                families.setdefault((call.x, call.activation_bits, group_size, node.meta[VALUE].dtype), []).append(node)
         for nodes in families.values():
             if len(nodes) > 1:
                 self.merge(nodes)
 
-    def group_size(self, call: Call) -> int:
-        """The group size of the call's first weight, which all weights of a call must share."""
-        for slot, value in zip(self.lowered.slots, self.lowered.values, strict=True):
-            if value is call.weights[0].meta[VALUE]:
-                columns = int(call.x.meta[VALUE].shape[-1])
-                return slot.form.config.group_columns(columns)
-        raise LookupError(f"{call.weights[0]} is no packed weight")
+    def group_size_of_slot(self, x: Any, weight: Any) -> int:
+        """The group size of a weight that this graph packs. All weights of a call must share theirs."""
+        for slot, operands in zip(self.context.slots, self.context.operands, strict=True):
+            if operands[0] is weight.meta[VALUE]:
+                return slot.form.config.group_columns(int(x.meta[VALUE].shape[-1]))
+        raise LookupError(f"{weight} is no packed weight")
 
     def merge(self, nodes: list[fx.Node]) -> None:
         calls = [call for node in nodes if (call := Call.of(node)) is not None]
@@ -150,7 +149,7 @@ class _Fusion:
                 node.replace_all_uses_with(part)
         for node in nodes:
             self.graph.erase_node(node)
-            self.lowered.moved(node, together)
+            self.context.moved(node, together)
         self.done["siblings"] += len(nodes)
 
     # act(gate(x)) * up(x)
@@ -181,7 +180,7 @@ class _Fusion:
         node.replace_all_uses_with(fused)
         for dead in (node, activated, gate, up, together):
             self.graph.erase_node(dead)
-        self.lowered.moved(together, fused)
+        self.context.moved(together, fused)
         return True
 
     # act(linear(x))
@@ -196,7 +195,7 @@ class _Fusion:
             fused = self.call(call, node, node.meta[VALUE])
         self.replace(node, fused)
         self.graph.erase_node(product)
-        self.lowered.moved(product, fused)
+        self.context.moved(product, fused)
         self.done["activation"] += 1
 
     # residual + linear(x)
@@ -214,7 +213,7 @@ class _Fusion:
                 fused = self.call(call, node, node.meta[VALUE])
             self.replace(node, fused)
             self.graph.erase_node(product)  # type: ignore[arg-type]
-            self.lowered.moved(product, fused)  # type: ignore[arg-type]
+            self.context.moved(product, fused)  # type: ignore[arg-type]
             self.done["residual"] += 1
             return
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,35 +10,17 @@ from torch import Tensor, fx
 from kbit_inductor._compat import mark_static_input
 from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.config import LayerConfig
+from kbit_inductor.kernel_registry import kernels
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering.registry import Choice, Problem, choose
 from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.store import Form, Slot, form
 
 aten = torch.ops.aten
-AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 
 
-@dataclass
-class Lowered:
-    """The packed weights that a rewritten graph takes, after its other inputs, the kernel of each use, and how often
-    each kind of fusion was done."""
-
-    slots: list[Slot] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    choices: list[tuple[Use, Choice]] = field(default_factory=list)
-    fusions: Counter[str] = field(default_factory=Counter)
-
-    def moved(self, old: fx.Node, new: fx.Node) -> None:
-        """Let what is known of a product's node be known of the node that computes it now."""
-        for use, _ in self.choices:
-            if use.node is old:
-                use.node = new
-
-
-def lower_marks(context: Context) -> Lowered:
+def lower_marks(context: Context) -> None:
     """Replace every mark by the operator of its kernel. Equal views of one weight share a packed weight."""
-    lowered = Lowered()
     inputs: dict[tuple[int, Form], list[fx.Node]] = {}
     for use in context.uses:
         choice = _choose(context, use)
@@ -48,10 +28,9 @@ def lower_marks(context: Context) -> Lowered:
         packed_form = form(use.view, _config(use).storage(), choice.kernel.layout, calibration and calibration.key)
         key = (use.weight.argument, packed_form)
         if key not in inputs:
-            inputs[key] = _add_inputs(context, use, packed_form, lowered)
+            inputs[key] = _add_inputs(context, use, packed_form)
         _replace(context, use, choice, inputs[key])
-        lowered.choices.append((use, choice))
-    return lowered
+        context.choices.append((use, choice))
 
 
 def _config(use: Use) -> LayerConfig:
@@ -72,33 +51,29 @@ def _choose(context: Context, use: Use) -> Choice:
             bits=layer.bits,
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
-            activation_bits=_activation_bits(layer),
-        )
+            activation_bits=layer.activation_bits_on_cpu(),
+        ),
+        kernels(),
     )
     if choice.kernel.layout not in TILED_LAYOUTS and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
 
 
-def _activation_bits(layer: LayerConfig) -> int:
-    """What kernels of the CPU round activations to."""
-    return AUTO_ACTIVATION_BITS if isinstance(layer.activation_bits, str) else layer.activation_bits
-
-
-def _add_inputs(context: Context, use: Use, packed_form: Form, lowered: Lowered) -> list[fx.Node]:
+def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
     """New placeholders, after all others, for the operands of a packed weight."""
-    lowered.slots.append(Slot(use.weight.argument, use.weight.name, packed_form, calibration=context.config.calibration))
+    context.slots.append(Slot(use.weight.argument, use.weight.name, packed_form, calibration=context.config.calibration))
     nodes = []
     specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout, use.batch)
     for position, (shape, dtype) in enumerate(specs):
         with context.fake_mode():
             value = torch.empty(shape, dtype=dtype, device=use.weight.value.device)
         with context.graph.inserting_after(context.graph.find_nodes(op="placeholder")[-1]):
-            node = context.graph.placeholder(f"packed_{len(lowered.slots) - 1}_{position}")
+            node = context.graph.placeholder(f"packed_{len(context.slots) - 1}_{position}")
         node.meta[VALUE] = value
         mark_static_input(node)
-        lowered.values.append(value)
         nodes.append(node)
+    context.operands.append(tuple(node.meta[VALUE] for node in nodes))
     return nodes
 
 
@@ -123,7 +98,7 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], bias, use.rows, _activation_bits(layer)
+        return x, operands[0], bias, use.rows, layer.activation_bits_on_cpu()
     *packed, codebook = plane_operands(operands, layer)
     if choice.kernel.layout == "words":
         return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook
@@ -133,7 +108,7 @@ def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node],
 def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], where, use.rows, _activation_bits(layer)
+        return x, operands[0], where, use.rows, layer.activation_bits_on_cpu()
     *packed, codebook = plane_operands(operands, layer)
     return x, *packed, where, layer.group_columns(use.columns), codebook
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from kbit_inductor.entry_points import load
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.format import Format
@@ -46,6 +47,7 @@ class Quantizer:
     needs: str = "nothing"
 
 
+GROUP = "kbit_inductor.quantizers"
 BUILT_IN = (
     Quantizer("clip", clip, "squares"),
     Quantizer("gptq", gptq, "hessian"),
@@ -61,6 +63,8 @@ QUANTIZERS: Mapping[str, Quantizer] = MappingProxyType(_by_name)
 def register_quantizer(name: str, quantize: Quantize, needs: str = "nothing") -> Quantizer:
     """Let ``name`` be a value of the option ``quantizer``, computed by ``quantize`` (see :data:`Quantize`).
 
+    Another package does the same by an entry point of the group ``kbit_inductor.quantizers`` that names a :class:`Quantizer`.
+
     Args:
         name: as the option will say it.
         quantize: ``(weight, format, statistics) -> Quantized``.
@@ -71,8 +75,32 @@ def register_quantizer(name: str, quantize: Quantize, needs: str = "nothing") ->
     """
     if needs not in NEEDS:
         raise InvalidOptionError(f"quantizer {name!r} needs {needs!r}; give one of {', '.join(NEEDS)}")
-    quantizer = Quantizer(name, quantize, needs)
+    return add(Quantizer(name, quantize, needs))
+
+
+def add(quantizer: Quantizer) -> Quantizer:
+    """Register a record.
+
+    Raises:
+        InvalidOptionError: another quantizer has the name.
+    """
     with _lock:
-        if _by_name.setdefault(name, quantizer) != quantizer:
-            raise InvalidOptionError(f"there is another quantizer of the name {name!r}; register this one by another name")
+        if _by_name.setdefault(quantizer.name, quantizer) != quantizer:
+            raise InvalidOptionError(
+                f"there is another quantizer of the name {quantizer.name!r}; register this one by another name"
+            )
     return quantizer
+
+
+def find(name: str) -> Quantizer | None:
+    """The quantizer ``name``, ours, registered or of an entry point; None when there is none.
+
+    Raises:
+        InvalidOptionError: an entry point that names no quantizer, or another one of a name that is taken.
+    """
+    if name not in QUANTIZERS:
+        for origin, found in load(GROUP):
+            if not isinstance(found, Quantizer):
+                raise InvalidOptionError(f"{origin} names a {type(found).__name__}; let it name a Quantizer")
+            add(found)
+    return QUANTIZERS.get(name)

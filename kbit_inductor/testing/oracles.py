@@ -1,4 +1,4 @@
-"""Helpers for tests of numerical equivalence, ours and those of others."""
+"""What a compiled model is compared with."""
 
 from __future__ import annotations
 

@@ -1,0 +1,96 @@
+"""Models and tokenizers from folders and files, and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kbit_inductor.errors import InvalidOptionError, MissingPackageError, NotAModelFolderError
+from kbit_inductor.ggufmodel import from_gguf
+from kbit_inductor.modelfile import MANIFEST
+from kbit_inductor.saving import load
+
+
+def need(package: str) -> None:
+    """Raise MissingPackageError where ``package`` is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(f"{package} is not installed; pip install {package}")
+
+
+def open_model(source: Path) -> nn.Module:
+    """The causal language model in ``source``: a folder of ``kbit``, one of Hugging Face, or a GGUF file.
+
+    Raises:
+        NotAModelFolderError: it is none of the three.
+        MissingPackageError: what reads it is not installed.
+    """
+    need("transformers")
+    if (source / MANIFEST).is_file():
+        return load(source)
+    if source.suffix == ".gguf":
+        need("gguf")
+        need("accelerate")
+        return from_gguf(source)
+    if not (source / "config.json").is_file():
+        raise NotAModelFolderError(f"{source} has neither {MANIFEST} nor config.json; give a model's folder, or a .gguf file")
+    import transformers
+
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise NotAModelFolderError(f"{source} does not load as a causal language model of transformers: {error}") from error
+    return model.eval()
+
+
+def open_tokenizer(source: Path) -> Any:
+    """The tokenizer of the model in ``source``, or None where there is none."""
+    need("transformers")
+    import transformers
+
+    try:
+        if source.suffix == ".gguf":
+            return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, force: bool) -> Iterator[Path]:
+    """A folder to write to, which is ``target`` once all is written, and is gone when anything fails or is interrupted.
+
+    Raises:
+        InvalidOptionError: ``target`` is there already, and ``force`` is not given.
+    """
+    if target.exists() and not force:
+        raise InvalidOptionError(f"{target} is there already; give another name, or --force to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        _move(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Put ``folder`` in the place of ``target``, which stays as it was if that fails."""
+    if not target.exists():
+        folder.replace(target)
+        return
+    old = folder.with_name(folder.name + "-old")
+    target.replace(old)
+    try:
+        folder.replace(target)
+    except BaseException:  # an interrupt too
+        old.replace(target)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()

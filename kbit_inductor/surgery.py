@@ -1,0 +1,207 @@
+"""Swap the modules of a model for packed ones in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbit_inductor.bits import plan
+from kbit_inductor.calibrate import calibrate
+from kbit_inductor.calibration import Calibration
+from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.logs import logger
+from kbit_inductor.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of
+from kbit_inductor.overrides import check_names
+from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
+from kbit_inductor.progress import Progress
+from kbit_inductor.release import trim_heap
+
+log = logger("pack")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module that is to be swapped, where it is in the model.
+
+    Attributes:
+        parent: that holds it.
+        key: under which.
+        name: from the model on.
+        module: itself.
+    """
+
+    parent: nn.Module
+    key: str
+    name: str
+    module: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        """Put ``module`` there."""
+        self.parent._modules[self.key] = module.train(self.module.training)
+
+
+@torch.no_grad()
+def quantize_(
+    model: nn.Module,
+    config: Config | Mapping[str, Any] | None = None,
+    calibration: Any = None,
+    *,
+    tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+) -> nn.Module:
+    """Swap every ``nn.Linear`` and ``nn.Embedding`` of ``model`` for a module on a packed weight, in place, and return ``model``.
+
+    The weights are packed one after the other, and the floats of each are let go of before the next. Tied weights stay one. What
+    stays in float, and why, is logged (``KBIT_LOGS=pack``): what ``skip`` names, small weights, modules with hooks or with a
+    ``forward`` of their own, weights that other modules use too, and all that is no matrix of these two kinds of module.
+
+    Args:
+        model: with float weights. It may not be one of the two kinds of module itself, since it is changed in place.
+        config: the options, as for ``torch.compile(model, backend="kbit", options=config)``. Those about compiling change nothing.
+        calibration: data as :func:`kbit_inductor.calibrate` takes it, or what that has returned.
+        tokenizer: of texts among the data.
+
+    Raises:
+        UnknownOptionError, InvalidOptionError: an option that does not exist, or a value that it does not take.
+        UnmatchedOverrideError: an entry of ``overrides`` or ``skip`` that names no layer.
+        NonFiniteWeightError: a weight with NaN or an infinity; the model is as it was.
+        BudgetError, EmptyCalibrationError, NonFiniteActivationError: as :func:`plan` and :func:`calibrate` raise them.
+    """
+    resolved = Config.from_options(config)
+    if resolved.bits == "auto":
+        data = None if isinstance(calibration, Calibration) else calibration
+        resolved = plan(model, resolved, data, tokenizer=tokenizer).apply(resolved)
+    statistics = calibration if isinstance(calibration, Calibration) else resolved.calibration
+    if statistics is None and calibration is not None:
+        statistics = calibrate(model, calibration, resolved, tokenizer=tokenizer)
+    waiting = list(_to_swap(model, resolved))
+    for weight, _, places in waiting:
+        check_finite(weight, places[0].name)
+    waiting.reverse()
+    with Progress(len(waiting), "packing weights") as progress:
+        while waiting:
+            name = _swap(*waiting.pop(), statistics)
+            progress.advance(name)
+    trim_heap()
+    return model
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Swap every module on a packed weight for an ``nn.Linear`` or ``nn.Embedding`` on its float values, in place.
+
+    The floats have the dtype that the model was quantized from, or cast to since. Tied weights stay one. Returns ``model``.
+    """
+    floats: dict[PackedMatrix, nn.Parameter] = {}
+    made: dict[nn.Module, nn.Module] = {}
+    for place in list(_places(model)):
+        matrix = matrix_of(place.module)
+        if matrix is None:
+            continue
+        if matrix not in floats:
+            floats[matrix] = nn.Parameter(matrix.dequantize())
+        if place.module not in made:
+            made[place.module] = _float_module(place.module, floats[matrix])
+        place.put(made[place.module])
+    return model
+
+
+def packed_matrices(model: nn.Module) -> dict[PackedMatrix, list[str]]:
+    """Each packed weight of ``model`` with the names of the layers that it belongs to."""
+    names: dict[PackedMatrix, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (matrix := matrix_of(module)) is not None:
+            names.setdefault(matrix, []).append(name)
+    return names
+
+
+def _to_swap(model: nn.Module, config: Config) -> Iterator[tuple[Tensor, LayerConfig, list[Place]]]:
+    """Each weight that is to be packed, how, and the modules that have it."""
+    places: dict[Tensor, list[Place]] = {}
+    for place in _places(model):
+        parameter = place.module._parameters.get("weight")
+        if parameter is not None:
+            places.setdefault(parameter, []).append(place)
+    check_names(config, [place.name for together in places.values() for place in together], model)
+    holders = _holders(model)
+    for weight, together in places.items():
+        layer = None if any(config.for_layer(place.name) is None for place in together) else config.for_layer(together[0].name)
+        reason = "skipped by the option 'skip'" if layer is None else _stays(weight, together, holders[weight], config)
+        if layer is None or reason:
+            log.info("%s stays in float: %s", together[0].name, reason)
+        else:
+            yield weight, layer, together
+
+
+def _places(model: nn.Module) -> Iterator[Place]:
+    """All modules of ``model`` but itself; one that is in several places once for each."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, child in module._modules.items():
+            if child is not None:
+                yield Place(module, key, f"{name}.{key}".removeprefix("."), child)
+
+
+def _holders(model: nn.Module) -> dict[Tensor, set[nn.Module]]:
+    """The modules that have each parameter."""
+    holders: dict[Tensor, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(parameter, set()).add(module)
+    return holders
+
+
+def _stays(weight: Tensor, places: list[Place], holders: set[nn.Module], config: Config) -> str:
+    """Why ``weight`` stays in float, or ""."""
+    for place in places:
+        if type(place.module) not in (nn.Linear, nn.Embedding):
+            return f"{place.name} is a {type(place.module).__name__}, neither nn.Linear nor nn.Embedding"
+        if getattr(place.module, "max_norm", None) is not None:
+            return "max_norm rescales its rows at every call"
+        if place.module._forward_hooks or place.module._forward_pre_hooks:
+            return f"{place.name} has hooks"
+    if holders != {place.module for place in places}:
+        return "another module has the same weight"
+    if weight.dtype not in WEIGHT_DTYPES:
+        return f"its dtype is {weight.dtype}"
+    if weight.is_meta:
+        return "it is on the meta device, without values"
+    if weight.numel() < config.min_elements:
+        return f"it is too small: {weight.numel()} elements, fewer than min_elements={config.min_elements}"
+    return ""
+
+
+def _swap(weight: Tensor, layer: LayerConfig, places: list[Place], calibration: Calibration | None) -> str:
+    """Pack ``weight`` and put packed modules in all ``places``."""
+    name = places[0].name
+    statistics = None if calibration is None else calibration.of(weight, weight.size(1))
+    packed = pack(weight.detach(), layer, name, statistics=statistics)
+    matrix = PackedMatrix(packed, weight.size(0), weight.dtype)
+    log.info("packed %s: %d bits, %d bytes, relative error %.3g", name, layer.bits, matrix.packed.nbytes, packed.error)
+    made: dict[nn.Module, nn.Module] = {}
+    for place in places:
+        if place.module not in made:
+            made[place.module] = packed_module(place.module, matrix)
+        place.put(made[place.module])
+    return name
+
+
+def packed_module(module: nn.Module, matrix: PackedMatrix) -> nn.Module:
+    """What takes the place of ``module``, an ``nn.Linear`` or ``nn.Embedding``, with ``matrix`` for its weight."""
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding(matrix, module.padding_idx)
+    return PackedLinear(matrix, module._parameters["bias"])
+
+
+def _float_module(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+    made: nn.Linear | nn.Embedding
+    if isinstance(module, nn.Embedding):
+        made = nn.Embedding(weight.size(0), weight.size(1), padding_idx=module.padding_idx, device="meta")
+    else:
+        made = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+        made.register_parameter("bias", module._parameters["bias"])
+    made.weight = weight
+    return made

@@ -1,0 +1,178 @@
+"""Each packed operator of a graph, on the very values that reach it, against its definition: which node first left its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from kbit_inductor._compat import OpOverload
+from kbit_inductor.debug.exact import ACTIVATIONS, FAMILIES, Concrete
+from kbit_inductor.kernels import reference
+from kbit_inductor.lowering import chain
+from kbit_inductor.testing.bounds import Grid, product, rounded
+
+UNIT = 2.0**-24
+SLOPE = 1.2  # of every activation that kernels fuse, at most
+Grids = Mapping[int, "Grid | list[Grid]"]
+"""The grid of a packed weight, or those of a batch, by ``id`` of its first operand."""
+
+
+class NodeError(AssertionError):
+    """A packed operator that is farther from its definition than its bound."""
+
+    def __init__(self, node: str, excess: float) -> None:
+        super().__init__(f"node {node!r} is {excess:.3g} times its bound of rounding away from its definition")
+        self.node = node
+
+
+class Checking(Concrete):
+    """Runs a graph and checks each packed operator in it.
+
+    Raises:
+        NodeError: (from ``run``) the first that is too far off.
+    """
+
+    def __init__(self, gm: fx.GraphModule, grids: Grids) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # the message is ours
+        self.grids = grids
+        self.checked = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of ``n``, checked if it is that of a packed operator."""
+        result = super().run_node(n)
+        if n.op == "call_function" and isinstance(n.target, OpOverload) and n.target.namespace == "kbit":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            excess = _excess(self.grids, n.target, (*args, *kwargs.values()), result)
+            if excess is not None:
+                self.checked += 1
+                if not excess <= 1:
+                    raise NodeError(n.name, excess)
+        return result
+
+
+def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any) -> float | None:
+    """The error of ``result`` in units of its bound; None for an operator without a definition here."""
+    name = target._schema.name.removeprefix("kbit::")
+    if name == "chain_cpu":
+        return _chain_excess(grids, args, result)
+    if name in WHOLE:
+        return _over(result, *WHOLE[name](grids, *args))
+    family = next((each for each in FAMILIES if name.startswith(each)), None)
+    if family is None or "grad_input" in name:
+        return None
+    planes = target._schema.arguments[1].name == "planes"
+    where = args[5 if planes else 2]
+    bits = None if planes else args[-1]
+    grid: Any = grids[id(args[1])]
+    if family == "linear":
+        return _over(result, *product(args[0], grid, where, bits))
+    if family == "embedding":
+        return _over(result, *_embedding(grid, args[0], result.dtype))
+    if family == "batched_linear":
+        return _over(result, *_batched(grid, args[0], where, bits))
+    return _over(result, *_grouped(grid, args[0], where, bits))
+
+
+def _over(actual: Tensor, exact: Tensor, bound: Tensor) -> float:
+    if actual.shape != exact.shape:
+        return float("inf")
+    excess = (actual.double() - exact).abs() / bound
+    return float(excess.nan_to_num(float("inf")).max()) if excess.numel() else 0.0
+
+
+def _embedding(grid: Grid, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    exact = grid.weight[indices.long()]
+    return exact, rounded(exact, 4 * UNIT * grid.magnitude[indices.long()], dtype)
+
+
+def _batched(grids: list[Grid], x: Tensor, index: Tensor | None, bits: int | None) -> tuple[Tensor, Tensor]:
+    chosen = range(len(grids)) if index is None else index.tolist()
+    pairs = [product(rows, grids[i], None, bits) for rows, i in zip(x, chosen, strict=True)]
+    exact, bound = (torch.stack(each) for each in zip(*pairs, strict=True))
+    return exact, bound
+
+
+def _grouped(grids: list[Grid], x: Tensor, offsets: Tensor, bits: int | None) -> tuple[Tensor, Tensor]:
+    exact = torch.zeros(x.shape[0], grids[0].weight.shape[0], dtype=torch.float64)
+    bound = torch.full_like(exact, torch.finfo(x.dtype).smallest_normal)
+    begin = 0
+    for grid, end in zip(grids, offsets.tolist(), strict=True):
+        exact[begin:end], bound[begin:end] = product(x[begin:end], grid, None, bits)
+        begin = end
+    return exact, bound
+
+
+def _fused(
+    grids: Any, x: Tensor, norm_weight: Tensor | None, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    rows: Sequence[int], activation: str, gated: bool, residual: Tensor | None, bits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    spread = None
+    if norm_weight is not None:
+        normed = functional.rms_norm(x.double(), x.shape[-1:], norm_weight.double(), eps)
+        spread = (x.shape[-1] + 8) * UNIT
+        x = normed.to(x.dtype)
+    parts = [_part(x, grids[id(weight)], bias, bits, spread) for weight, bias in zip(weights, biases, strict=True)]
+    (first, slack), act = parts[0], ACTIVATIONS[activation]
+    if not gated:
+        first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    exact = act(first)
+    bound = slack if not activation else SLOPE * slack + 16 * UNIT * (first.abs() + 1)
+    if gated:
+        second, more = parts[1]
+        exact, bound = exact * second, exact.abs() * more + second.abs() * bound + bound * more
+    if residual is not None:
+        bound = bound + UNIT * (residual.double().abs() + exact.abs())
+        exact = residual.double() + exact
+    return exact, rounded(exact, bound, x.dtype)
+
+
+def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int, spread: float | None) -> tuple[Tensor, Tensor]:
+    """A product whose ``x`` is known to the relative ``spread``: near the middle of a step it may be rounded either way."""
+    exact, bound = product(x, grid, bias, bits)
+    if spread is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        ends = [reference.round_activations(rows * (1 + sign * spread), grid.group_size, bits) for sign in (-1, 1)]
+        either = (ends[1] - ends[0]).abs() + spread * rows.double().abs()
+        bound = bound + (either @ grid.weight.abs().t()).view_as(bound)
+    return exact, bound
+
+
+def _attention(grids: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    repeat = query.shape[1] // key.shape[1]
+    q, k, v = query.double(), *(each.double().repeat_interleave(repeat, 1) for each in (key, value))
+    scores, size = scale * q @ k.mT, abs(scale) * q.abs() @ k.abs().mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    p = scores.softmax(-1)
+    off = 2 * (2 * (q.shape[-1] + 4) * UNIT * size.amax(-1, keepdim=True) + (k.shape[2] + 16) * UNIT)
+    exact = p @ v
+    return exact, rounded(exact, 4 * off * (p @ v.abs()), query.dtype)
+
+
+def _chain_excess(grids: Any, args: tuple[Any, ...], result: Any) -> float:
+    """That of the worst step, each run by its own operator; a chain gives bit for bit what its steps give."""
+    worst = 0.0
+
+    def checked(operator: Callable[..., Tensor], definition: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        def call(*call_args: Any) -> Tensor:
+            nonlocal worst
+            value = operator(*call_args)
+            worst = max(worst, _over(value, *definition(grids, *call_args)))
+            return value
+
+        return call
+
+    inputs, *program = args
+    kbit = torch.ops.kbit
+    steps = chain.decode(*program)
+    returned = chain.run(inputs, steps, checked(kbit.fused_linear_cpu, _fused), checked(kbit.decode_attention_cpu, _attention))
+    same = all(torch.equal(a, b) for a, b in zip(result, returned, strict=True))
+    return worst if same else float("inf")
+
+
+WHOLE: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {"fused_linear_cpu": _fused, "decode_attention_cpu": _attention}
