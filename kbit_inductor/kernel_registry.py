@@ -19,7 +19,7 @@ from kbit_inductor.lowering.registry import Kernel, Problem
 
 GROUP = "kbit_inductor.kernels"
 FAMILIES = ("linear", "embedding", "batched_linear", "grouped_linear")
-LAYOUTS = ("planes", *TILED_LAYOUTS)
+LAYOUTS = ("planes", "words", *TILED_LAYOUTS)
 _by_name: dict[str, Kernel] = {}
 _lock = threading.Lock()
 
@@ -40,7 +40,7 @@ def register_kernel(
         suffix: of its operators, ``kbit::{family}{suffix}``, which must be there (``kbit_inductor.lowering.ops.define``).
         supports: None when it can compute a problem, else the reason why not.
         cost: its time for one row of activations, in bytes that could be read meanwhile.
-        layout: of the packed weights that it reads, ``"planes"``, ``"tiled"`` or ``"vectors"``.
+        layout: of the packed weights that it reads, ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
 
     Raises:
         InvalidKernelError: another kernel has the name (the same one may come again), no operator has the suffix, or there is no

@@ -15,6 +15,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes, unpack_codes
+from kbit_inductor.kernels.words import WordLayout, pack_words, unpack_words
 from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
 
 STORED = ("planes", "scale", "offset", "global_scale", "codebook")
@@ -34,12 +35,13 @@ class PackedWeight:
     Attributes:
         operands: in the layout ``"planes"`` (``kbit_inductor.kernels.layout``) they are ``planes, scale, offset, global_scale,
             codebook``, without ``offset`` when the grid is symmetric and without ``codebook`` when every code is its own level; in
-            the layouts ``"tiled"`` and ``"vectors"`` of the CPU kernels, one uint8 tensor. Those of a batch are the operands of
-            its matrices, stacked.
+            the layout ``"words"`` of the GPU kernels (``kbit_inductor.kernels.words``) the same with ``words`` for ``planes`` and
+            groups before rows; in the layouts ``"tiled"`` and ``"vectors"`` of the CPU kernels, one uint8 tensor. Those of a batch
+            are the operands of its matrices, stacked.
         config: how it was quantized.
         columns: K.
         error: squared error over squared norm of the float weight.
-        layout: ``"planes"``, ``"tiled"`` or ``"vectors"``.
+        layout: ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
         batch: E, or None for one matrix.
     """
 
@@ -80,6 +82,9 @@ class PackedWeight:
             offset = None if self.config.symmetric else zero
             return codes, (scale, offset, global_scale), levels if levels.numel() else None
         planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
+        if self.layout == "words":
+            codes = unpack_words(planes, self.config.bits, self.columns, self.config.group_columns(self.columns))
+            return codes, (scale.t().contiguous(), None if offset is None else offset.t().contiguous(), global_scale), codebook
         return _unpacked(planes, self.columns), (scale, offset, global_scale), codebook
 
 
@@ -131,6 +136,11 @@ def _laid_out(codes: Tensor, grid: Grid, codebook: Tensor | None, config: LayerC
     if layout in TILED_LAYOUTS:
         group_size = config.group_columns(codes.size(1))
         return (torch.ops.kbit.tile_cpu(codes, *grid, config.bits, group_size, codebook, layout == "vectors"),)
+    if layout == "words":
+        words = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
+        scale, offset, global_scale = grid
+        groups_first = (scale.t().contiguous(), None if offset is None else offset.t().contiguous())
+        return tuple(tensor for tensor in (words, *groups_first, global_scale, codebook) if tensor is not None)
     return (pack_codes(codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
 
 
@@ -155,7 +165,10 @@ def check_finite(weight: Tensor, layer: str) -> None:
 
 
 def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T | None, T, T | None]:
-    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what ``config`` does without."""
+    """``planes, scale, offset, global_scale, codebook`` of the layout ``"planes"``, None for what ``config`` does without.
+
+    In the layout ``"words"`` the words are in the place of planes.
+    """
     rest = list(operands)
     codebook = rest.pop() if config.levels() else None
     planes, scale, *offset, global_scale = rest
@@ -178,7 +191,12 @@ def operand_specs(
         has_codebook, vectors = bool(config.levels()), layout == "vectors"
         nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, has_codebook, vectors)
         return [((*stacked, nbytes), torch.uint8)]
-    grid = ((*stacked, rows, group_count(columns, group_size)), torch.float16)
-    planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)
+    groups = group_count(columns, group_size)
+    if layout == "words":
+        grid = ((*stacked, groups, rows), torch.float16)
+        planes = ((*stacked, rows, WordLayout.of(config.bits, columns, group_size).row_words), torch.int16)
+    else:
+        grid = ((*stacked, rows, groups), torch.float16)
+        planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)
     codebook = [((*stacked, 2**config.bits), torch.uint8)] if config.levels() else []
     return [planes, grid, *([] if config.symmetric else [grid]), ((*stacked, 1), torch.float32), *codebook]

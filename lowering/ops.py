@@ -1,9 +1,9 @@
 """Schemas, fake implementations, references and derivatives of the ``kbit::`` operators.
 
 ``kbit::linear`` and ``kbit::embedding`` are the definitions: any device, plain PyTorch. A kernel is an operator of its own with a
-suffix, ``kbit::linear_triton`` for one, so that a graph shows which kernel it calls. Operands are described in
-:mod:`kbit_inductor.kernels.layout`; the operators of the CPU, whose weights have a layout of their own, are in
-:mod:`kbit_inductor.lowering.cpu`.
+suffix, ``kbit::linear_cpu`` for one, so that a graph shows which kernel it calls. Operands are described in
+:mod:`kbit_inductor.kernels.layout`; the operators of the CPU and of the GPU, whose weights have layouts of their own, are in
+:mod:`kbit_inductor.lowering.cpu` and :mod:`kbit_inductor.lowering.gpu`.
 
 Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else.
 """
@@ -156,22 +156,7 @@ def _define_gradient() -> None:
     torch.library.register_autograd(name, _grad_input_backward, setup_context=_save_gradient_operands)
 
 
-def _triton_linear(*operands: Any) -> Tensor:
-    from kbit_inductor.kernels.triton.linear import linear
-
-    return linear(*operands)
-
-
-def _triton_embedding(*operands: Any) -> Tensor:
-    from kbit_inductor.kernels.triton.embedding import embedding
-
-    return embedding(*operands)
-
-
 _define_gradient()
 for _family, _reference in (("linear", reference.linear), ("embedding", reference.embedding)):
     define(_family)
     torch.library.impl(f"kbit::{_family}", "CompositeExplicitAutograd", _reference)
-    define(_family, "_triton")
-torch.library.impl("kbit::linear_triton", "CUDA", _triton_linear)
-torch.library.impl("kbit::embedding_triton", "CUDA", _triton_embedding)

@@ -17,6 +17,7 @@ from kbit_inductor.kernels.cpu import build, compiler
 from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
+from kbit_inductor.lowering import gpu as _gpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import ops
 
 MAX_BIT_VECTORS = 4
@@ -70,8 +71,8 @@ class Kernel:
         supports: None when it can compute a problem, else the reason why not.
         cost: its time for one row of activations, in bytes that could be read meanwhile: the measure by which kernels are
             compared. Of equals, the first in :data:`KERNELS` is chosen.
-        layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py), ``"tiled"`` or ``"vectors"``
-            (kernels/cpu/tiled.h).
+        layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py), ``"words"`` (kernels/words.py),
+            ``"tiled"`` or ``"vectors"`` (kernels/cpu/tiled.h).
     """
 
     name: str
@@ -160,8 +161,6 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
     if problem.family not in MATRIX_FAMILIES:
         return "takes one matrix, not a batch of them"
-    if not problem.uniform:
-        return "takes uniform codes, not a codebook"
     return _triton_problem()
 
 
@@ -173,6 +172,6 @@ def _reference_bytes(problem: Problem) -> float:
 KERNELS = (
     Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors"),
     Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled"),
-    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes),
+    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes, "words"),
     Kernel("reference", "", lambda problem: None, _reference_bytes),
 )

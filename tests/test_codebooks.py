@@ -179,10 +179,9 @@ def test_gradients_are_those_of_the_dequantized_weight(layout):
     torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(plain, x, grad))
 
 
-def test_triton_leaves_codebooks_to_the_reference():
-    choice = choose(Problem("linear", "cuda", torch.float32, 64, 64, 4, 64, uniform=False))
-    assert choice.kernel.name == "reference"
-    assert "uniform codes" in dict(choice.rejected)["triton"]
+def test_triton_takes_codebooks():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert choose(Problem("linear", "cuda", torch.float32, 64, 64, 4, 64, uniform=False)).kernel.name == "triton"
 
 
 # --- the backend -----------------------------------------------------------------------------------------------------

@@ -7,24 +7,35 @@ interpreted checks therefore run in a process of their own: ``python tests/test_
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import group_count, pack_codes, packed_width
+from kbit_inductor.kernels.layout import group_count, midpoint, pack_codes
+from kbit_inductor.kernels.words import WordLayout, pack_words
+from kbit_inductor.lowering.gpu import dequantize_words
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kbit_inductor.kernels.triton import aot
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from gpu.instructions import compile_product
+
+from kbit_inductor.kernels.triton import aot, unpack
 from kbit_inductor.kernels.triton import embedding as triton_embedding
 from kbit_inductor.kernels.triton import linear as triton_linear
-from kbit_inductor.kernels.triton.linear import Config, default_config
+from kbit_inductor.kernels.triton.config import Config
+from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
@@ -39,18 +50,26 @@ DTYPES = st.sampled_from(list(UNIT))
 
 def fenced(values: Tensor) -> Tensor:
     """A contiguous copy with NaN (255 for bytes) before and after, so that a read out of bounds shows."""
-    fence = float("nan") if values.is_floating_point() else 255
+    fence = float("nan") if values.is_floating_point() else torch.iinfo(values.dtype).max
     buffer = torch.full((values.numel() + 128,), fence, dtype=values.dtype)
     return buffer[64 : 64 + values.numel()].view(values.shape).copy_(values)
 
 
-def packed_weight(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, exponent: int) -> tuple:
-    """``(planes, scale, offset, global_scale)`` of values of magnitude about ``2 ** exponent``."""
+def packed_weight(rows: int, columns: int, bits: int, group_size: int, symmetric: bool, exponent: int, codebook=False) -> tuple:
+    """``(scale, offset, global_scale), codes, codebook`` of values of magnitude about ``2 ** exponent``."""
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
     groups = group_count(columns, group_size)
-    scale = fenced((torch.randn(rows, groups) / 2**bits).half())
-    offset = None if symmetric else fenced(torch.randn(rows, groups).half())
-    return fenced(pack_codes(codes, bits)), scale, offset, torch.tensor([2.0**exponent])
+    scale = (torch.randn(rows, groups) / 2**bits).half()
+    offset = None if symmetric else torch.randn(rows, groups).half()
+    levels = torch.randint(0, 256, (2**bits,)).sort()[0].to(torch.uint8) if codebook and 1 < bits < 8 else None
+    return (scale, offset, torch.tensor([2.0**exponent])), codes, levels
+
+
+def as_words(grid: tuple, codes: Tensor, bits: int, group_size: int) -> tuple:
+    """The operands of the kernels of a weight that :func:`packed_weight` gives."""
+    scale, offset, global_scale = grid
+    groups_first = (fenced(scale.t()), None if offset is None else fenced(offset.t()))
+    return fenced(pack_words(codes, bits, group_size)), *groups_first, global_scale
 
 
 def with_strides(values: Tensor, layout: str) -> Tensor:
@@ -80,7 +99,6 @@ PACKED = {
 
 def dot_of_bfloat16() -> None:
     """Let the interpreter multiply bfloat16, whose bit patterns it takes for integers (triton-lang/triton#11584)."""
-    import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
     original = InterpreterBuilder.create_dot
@@ -92,107 +110,164 @@ def dot_of_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
-def linear_bound(x: Tensor, weight: Tensor, bias: Tensor | None, exact: Tensor, packed_unit: Tensor, config: Config):
-    """The bound in the docstring of ``linear``, second order and underflow included; all but ``x`` is float64."""
+def linear_bound(x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_size: int, exact: Tensor, bias: Tensor | None):
+    """The bound in the docstring of ``linear`` before the activation; all but ``x`` is float64."""
     unit, single = UNIT[x.dtype], UNIT[torch.float32]
-    weight_unit = single if config.block_m == 1 else unit
-    operations = x.size(-1) + 2
-    relative = (1 + weight_unit) * (1 + operations * single / (1 - operations * single)) - 1
-    magnitude = x.double().abs()
-    error = relative * (magnitude @ weight.abs().t())
+    scale, offset, global_scale = (None if each is None else each.double() for each in grid)
+    lift = 0 if x.dtype == torch.float16 else 272 if level_bits == 8 else 2**level_bits
+    group = torch.arange(x.size(-1)) // group_size
+    middle = scale * midpoint(level_bits) if offset is None else offset
+    magnitude = (scale.abs()[:, group] * (codes + lift) + middle.abs()[:, group]) * global_scale
+    operations = x.size(-1) + 8
+    error = operations * single / (1 - operations * single) * (x.double().abs() @ magnitude.t())
     if x.dtype == torch.float16:
-        error += 2**-25 * (magnitude.sum(-1, keepdim=True) * packed_unit + 1)  # subnormal weights and results
+        error += 2**-25  # a subnormal result
+    if x.dtype == torch.float32:
+        error += 2.0**-100  # the last of the three bfloat16 may be one
     if bias is not None:
         error += single * bias.abs()
     return unit * exact.abs() + (1 + unit) * error
 
 
-@settings(max_examples=80, deadline=None, print_blob=True)
+CONFIGS = st.sampled_from(["default", "decode", "split", "flat", "wide"])
+
+
+def config_named(name: str, layout: WordLayout) -> Config | None:
+    return {
+        "default": None,
+        "decode": Config(8, 16, layout.block_pieces),
+        "split": Config(16, 32, layout.block_pieces, split_k=3),
+        "flat": Config(32, 32, 2, sums=True),
+        "wide": Config(16, 64, 2, sums=True, split_k=2),
+    }[name]
+
+
+@settings(max_examples=45, deadline=None, print_blob=True)
 @given(
     **PACKED,
     m=st.one_of(st.integers(0, 5), st.integers(6, 40)),
     n=st.one_of(st.integers(0, 3), st.integers(4, 40)),
     dtype=DTYPES,
+    codebook=st.booleans(),
     bias=st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-    layout=st.sampled_from(["contiguous", "transposed", "stepped", "expanded", "batched"]),
-    config=st.sampled_from([None, None, Config(1, 16, 32), Config(16, 16, 16), Config(16, 32, 64), Config(64, 16, 32)]),
+    strides=st.sampled_from(["contiguous", "transposed", "stepped", "expanded", "batched"]),
+    config=CONFIGS,
 )
-def check_linear(bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, bias, layout, config):
+def check_linear(bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config):
     torch.manual_seed(seed)
-    packed = packed_weight(n, columns, bits, group_size, symmetric, exponent)
-    x = with_strides(torch.randn(m, columns).to(dtype), layout)
+    grid, codes, levels = packed_weight(n, columns, bits, group_size, symmetric, exponent, codebook)
+    x = with_strides(torch.randn(m, columns).to(dtype), strides)
     bias = None if bias is None else fenced(torch.randn(n).to(bias))
 
-    actual = triton_linear.linear(x, *packed, bias, group_size, config)
+    chosen = config_named(config, WordLayout.of(bits, columns, group_size))
+    words = as_words(grid, codes, bits, group_size)
+    actual = triton_linear.linear(x, *words, bias, bits, group_size, levels, config=chosen)
 
-    exact = reference.linear(x.double(), *packed, bias, group_size)
-    weight = reference.dequantize(*packed, columns, group_size, torch.float64)
+    exact = reference.linear(x.double(), pack_codes(codes, bits), *grid, bias, group_size, levels)
     bias = None if bias is None else bias.double()
-    config = config or default_config(m, dtype)
-    bound = linear_bound(x, weight, bias, exact, packed[-1].double(), config)
+    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
+    bound = linear_bound(x, grid, found.double(), level_bits, group_size, exact, bias)
     assert actual.dtype == dtype and actual.shape == exact.shape
     error = (actual.double() - exact).abs()
     assert (error <= bound).all(), f"worst error is {(error / bound).nan_to_num(torch.inf).max():.3g} times the bound"
 
 
-@settings(max_examples=100, deadline=None, print_blob=True)
+@settings(max_examples=25, deadline=None, print_blob=True)
+@given(
+    dtype=DTYPES, activation=st.sampled_from(ACTIVATIONS), bias=st.booleans(), factor=st.booleans(), residual=st.booleans(),
+    config=CONFIGS, m=st.integers(1, 9), n=st.integers(1, 40), size=st.sampled_from([0.01, 1, 30]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def check_epilogue(dtype, activation, bias, factor, residual, config, m, n, size, seed):
+    """In float64 on what the plain product gives in float32: the epilogue alone is under test."""
+    torch.manual_seed(seed)
+    grid, codes, _ = packed_weight(n, 64, 4, 32, False, 0)
+    words = as_words(grid, codes, 4, 32)
+    x = (torch.randn(m, 64) * size).to(dtype)
+    chosen = config_named(config, WordLayout.of(4, 64, 32))
+    bias_, factor_, residual_ = (
+        torch.randn(shape).to(dtype) if wanted else None for shape, wanted in ((n, bias), ((m, n), factor), ((m, n), residual))
+    )
+    actual = triton_linear.linear(x, *words, bias_, 4, 32, None, activation, factor_, residual_, chosen)
+
+    exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias_, 32)
+    functions = {"": lambda y: y, "relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
+    functions |= {"gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"), "sigmoid": torch.sigmoid}
+    wanted = functions[activation](exact)
+    level = 1.2 * linear_bound(x, grid, codes.double(), 4, 32, exact * 0, bias_) + 2**-21 * exact.abs()  # no slope exceeds 1.13
+    if factor:
+        wanted, level = wanted * factor_.double(), level * factor_.double().abs()
+    if residual:
+        wanted = wanted + residual_.double()
+        level = level + 2**-23 * residual_.double().abs()
+    assert ((actual.double() - wanted).abs() <= UNIT[dtype] * wanted.abs() + (1 + UNIT[dtype]) * level + 2**-25).all()
+
+
+def check_split_sums_do_not_depend_on_the_order_of_programs():
+    """The last to arrive adds up in the order of the columns, whoever it is: the sum of a split is that of its parts."""
+    grid, codes, _ = packed_weight(32, 1024, 4, 32, False, 0)
+    words, x = as_words(grid, codes, 4, 32), torch.randn(2, 1024)
+    split = triton_linear.linear(x, *words, None, 4, 32, config=Config(8, 32, 4, split_k=4))
+    parts = []
+    for first in range(0, 1024, 256):
+        columns, groups = slice(first, first + 256), slice(first // 32, (first + 256) // 32)
+        scale, offset, global_scale = grid
+        part = as_words((scale[:, groups], offset[:, groups], global_scale), codes[:, columns], 4, 32)
+        parts.append(triton_linear.linear(x[:, columns], *part, None, 4, 32, config=Config(8, 32, 4)))
+    assert torch.equal(split, ((parts[0] + parts[1]) + parts[2]) + parts[3])
+
+
+@settings(max_examples=45, deadline=None, print_blob=True)
 @given(
     **PACKED,
     rows=st.integers(1, 40),
     shape=st.lists(st.integers(0, 6), max_size=3),
     dtype=DTYPES,
+    codebook=st.booleans(),
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
 )
-def check_embedding(bits, columns, group_size, symmetric, exponent, seed, rows, shape, dtype, index_dtype):
+def check_embedding(bits, columns, group_size, symmetric, exponent, seed, rows, shape, dtype, codebook, index_dtype):
     torch.manual_seed(seed)
-    packed = packed_weight(rows, columns, bits, group_size, symmetric, exponent)
+    grid, codes, levels = packed_weight(rows, columns, bits, group_size, symmetric, exponent, codebook)
     indices = torch.randint(0, rows, shape, dtype=index_dtype)
 
-    actual = triton_embedding.embedding(indices, *packed, columns, group_size, dtype)
+    words = as_words(grid, codes, bits, group_size)
+    actual = triton_embedding.embedding(indices, *words, columns, bits, group_size, dtype, levels)
 
+    packed = (pack_codes(codes, bits), *grid, columns, group_size)
     if dtype == torch.bfloat16:
-        exact = reference.embedding(indices, *packed, columns, group_size, torch.float32)
+        exact = reference.embedding(indices, *packed, torch.float32, levels)
         assert actual.shape == exact.shape and actual.dtype == dtype
         assert ((actual.float() - exact).abs() <= UNIT[dtype] * exact.abs()).all()
     else:
-        assert torch.equal(actual, reference.embedding(indices, *packed, columns, group_size, dtype))
+        assert torch.equal(actual, reference.embedding(indices, *packed, dtype, levels))
 
 
 @settings(max_examples=5, deadline=None)
 @given(outside=st.sampled_from([-1, -(2**31), 7, 2**31 - 1]))
 def check_embedding_outside_the_table(outside):
-    packed = packed_weight(7, 20, 3, 16, False, 0)
-    actual = triton_embedding.embedding(torch.tensor([6, outside, 0]), *packed, 20, 16, torch.float32)
+    grid, codes, _ = packed_weight(7, 20, 3, 16, False, 0)
+    words = as_words(grid, codes, 3, 16)
+    actual = triton_embedding.embedding(torch.tensor([6, outside, 0]), *words, 20, 3, 16, torch.float32)
     assert actual[1].isnan().all() and not actual[[0, 2]].isnan().any()
 
 
 def check_offsets_beyond_2_gib():
-    """The last row of a table whose planes take over 2 GiB each; of its pages only that row's are ever touched."""
+    """The last row of a table of over 4 GiB, so more than 2 ** 31 words; of its pages only that row's are ever touched."""
     rows, columns, bits = 2**19 + 8, 2**15, 2
-    planes = torch.empty(bits, rows, packed_width(columns), dtype=torch.uint8)
-    planes[:, -1].random_()
-    scale = torch.empty(rows, 1, dtype=torch.float16)
-    scale[-1] = 0.5
-    operands = (torch.tensor([rows - 1]), planes, scale, None, torch.ones(1), columns, columns, torch.float32)
-    assert torch.equal(triton_embedding.embedding(*operands), reference.embedding(*operands))
-
-
-def check_config_of_bfloat16():
-    """By default the interpreter's fault with bfloat16 is avoided, not patched as in the other checks."""
-    packed = packed_weight(9, 40, 4, 16, False, 0)
-    x = torch.randn(20, 40).bfloat16()
-    torch.testing.assert_close(
-        triton_linear.linear(x, *packed, None, 16).float(),
-        reference.linear(x.float(), *packed, None, 16),
-        rtol=2 * UNIT[torch.bfloat16],
-        atol=1e-5,
-    )
+    words = torch.empty(rows, columns * bits // 16, dtype=torch.int16)
+    words[-1].random_()
+    scale = torch.empty(1, rows, dtype=torch.float16)
+    scale[:, -1] = 0.5
+    table = (words, scale, None, torch.ones(1))
+    actual = triton_embedding.embedding(torch.tensor([rows - 1]), *table, columns, bits, columns, torch.float32)
+    last = dequantize_words(words[-1:], scale[:, -1:], None, torch.ones(1), bits, columns, columns)
+    assert torch.equal(actual, last)
 
 
 # ---- tests
 
 
-@pytest.mark.parametrize("kernel", ["linear", "embedding"])
+@pytest.mark.parametrize("kernel", ["linear", "epilogue", "embedding"])
 def test_kernels_match_the_reference_when_interpreted(kernel):
     run = subprocess.run(
         [sys.executable, __file__, kernel],
@@ -217,83 +292,127 @@ sys.exit("the kernels were imported without Triton")
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_other_dtypes_are_refused():
-    packed = packed_weight(2, 8, 4, 8, True, 0)
+def test_other_dtypes_and_activations_are_refused():
+    grid, codes, _ = packed_weight(2, 8, 4, 8, True, 0)
+    words = as_words(grid, codes, 4, 8)
     with pytest.raises(TypeError, match="float64"):
-        triton_linear.linear(torch.zeros(1, 8, dtype=torch.float64), *packed, None, 8)
+        triton_linear.linear(torch.zeros(1, 8, dtype=torch.float64), *words, None, 4, 8)
+    with pytest.raises(ValueError, match="softsign"):
+        triton_linear.linear(torch.zeros(1, 8), *words, None, 4, 8, activation="softsign")
     with pytest.raises(TypeError, match="float64"):
-        triton_embedding.embedding(torch.zeros(1, dtype=torch.int64), *packed, 8, 8, torch.float64)
+        triton_embedding.embedding(torch.zeros(1, dtype=torch.int64), *words, 8, 4, 8, torch.float64)
 
 
-def packed_on_meta(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> tuple:
-    """The shapes and dtypes of a packed weight, without data."""
-    with torch.device("meta"):
-        planes = torch.empty(bits, rows, packed_width(columns), dtype=torch.uint8)
-        scale = torch.empty(rows, group_count(columns, group_size), dtype=torch.float16)
-        return planes, scale, None if symmetric else scale, torch.empty(1)
-
-
-def compile_linear(
-    target: str, dtype: torch.dtype, m: int, bits: int, n=4096, k=4096, group_size=64, symmetric=True
-) -> aot.CompiledKernel:
-    """The kernel that ``linear`` would launch; with a bias unless the grid is symmetric, to see both of each."""
-    packed = packed_on_meta(n, k, bits, group_size, symmetric)
-    x, out, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((m, k), (m, n), (n,)))
-    arguments = triton_linear.launch_arguments(x, *packed, None if symmetric else bias, group_size, out, default_config(m, dtype))
-    return aot.compile_ahead(triton_linear.linear_kernel, arguments, target)
-
-
-# Groups of 7 columns and odd sizes need the most registers: nothing is aligned, every column loads its own scale.
-HARDEST = {"n": 4097, "k": 4095, "group_size": 7, "symmetric": False}
-
-
-@compiled
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_linear_compiles_without_spills(target, bits):
-    tiles = [(torch.float16, 128), (torch.bfloat16, 16), (torch.float32, 1)]
-    if bits == 8:
-        tiles.append((torch.float32, 16))
-    for dtype, m in tiles:
-        kernel = compile_linear(target, dtype, m, bits, **HARDEST)
-        assert 0 < kernel.registers <= 255
-        assert kernel.spill_bytes == 0, f"{kernel.spill_bytes} bytes spilled at {dtype}, {m} rows"
+def test_shifts_at_compile_time_are_those_of_the_layout(bits):
+    layout = WordLayout.of(bits, 4096, 64)
+    assert unpack.widest_plane(bits) == layout.widest
+    for plane in layout.planes:
+        assert unpack.low_of(plane.width, bits) == plane.low
+        assert unpack.first_tile(plane.width, bits, layout.block_pieces) == plane.first_tile
+        pieces = 16 // plane.width
+        assert all(unpack.shift_of(i, bits, plane.width) == plane.shifts[i % pieces] for i in range(layout.block_pieces))
+
+
+# Two words at a time are extracted by PTX, which the interpreter cannot run: the compiled instructions are run here instead.
+
+
+def run_ptx(ptx: str, code: int, words: int) -> int:
+    """What an inline block of shifts, ands and ``lop3`` computes on 32-bit registers."""
+    registers = {"$1": code, "$2": words}
+    value = lambda name: registers[name] if name in registers else int(name, 0)  # noqa: E731
+    operations = {
+        "shr.b32": lambda a, b: a >> b if b < 32 else 0,
+        "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF if b < 32 else 0,
+        "lop3.b32": lambda a, b, c, table: {0xEA: (a & b) | c}[table],
+    }
+    for operation, operands in re.findall(r"(\w+\.b32) ([^;]*);", ptx):
+        if operation in operations:
+            target, *sources = operands.split(", ")
+            registers[target] = operations[operation](*map(value, sources))
+    return registers["$0"]
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_ptx_extracts_the_codes():
+    """Of a decoding kernel of 3 bits: two words at a time, left where they are in a subnormal if there is room."""
+    bits = 3
+    kernel, _ = compile_product("sm_80", bits, rows=1)
+    blocks = {
+        re.sub(r"%\w+(?=, t|, 0xEA)", "$1", re.sub(r"t, %\w+", "t, $2", b)) for b in re.findall(r"\{ \.reg.*?\}", kernel.assembly)
+    }
+    found = re.findall(r"\{ \.reg \.b32 t; (\w+\.b32) t, \S+ (\d+); lop3\.b32 \S+ t, (\d+), \S+ 0xEA; \}", kernel.assembly)
+    blocks = {f"{move} t, $2, {shift}; lop3.b32 $0, t, {mask}, $1, 0xEA;" for move, shift, mask in found}
+    assert len(found) == kernel.assembly.count("lop3.b32")
+    layout = WordLayout.of(bits, 4096, 128)
+    codes = torch.randint(0, 2**bits, (1, 4096), dtype=torch.uint8)
+    words = pack_words(codes, bits, 128).view(-1, layout.block_tiles, layout.piece)[0].int() & 0xFFFF
+    used = set()
+    for piece in range(layout.block_pieces):
+        low, code = unpack.mantissa_bit(piece, bits, tl.float16, direct=True, unrolled=True), 0
+        for plane in layout.planes:
+            tile, i = divmod(piece, 16 // plane.width)
+            shift, mask = plane.shifts[i] - low - plane.low, 0x10001 * ((2**plane.width - 1) << (low + plane.low))
+            move = f"shr.b32 t, $2, {shift}" if shift >= 0 else f"shl.b32 t, $2, {-shift}"
+            block = f"{move}; lop3.b32 $0, t, {mask}, $1, 0xEA;"
+            assert block in blocks
+            used.add(block)
+            pair = words[plane.first_tile + tile, :2].tolist()
+            code = run_ptx(block, code, pair[0] | pair[1] << 16)
+        expected = codes[0, piece * layout.piece :][:2].tolist()
+        assert code == (expected[0] | expected[1] << 16) << low
+    assert used == blocks
+
+
+# Groups of 7 columns and odd sizes: nothing is aligned, every piece loads its own scale.
+HARDEST = {"n": 4097, "k": 4095, "group_size": 7}
+
+
+@compiled
 @pytest.mark.parametrize(
-    ("target", "m", "ptx", "sass"),
-    [("sm_80", 16, "mma.sync", "HMMA"), ("sm_80", 128, "mma.sync", "HMMA"),
-     ("sm_90", 16, "mma.sync", "HMMA"), ("sm_90", 128, "wgmma.mma_async", "HGMMA")],
-)  # fmt: skip
-def test_linear_uses_tensor_cores(target, m, ptx, sass, dtype):
-    kernel = compile_linear(target, dtype, m, bits=4)
-    assert ptx in kernel.assembly and sass in kernel.sass
+    ("target", "dtype", "rows", "bits"),
+    [
+        ("sm_80", torch.bfloat16, 8, 7),
+        ("sm_80", torch.float32, 16, 8),
+        ("sm_86", torch.float16, 128, 3),
+        ("sm_90", torch.bfloat16, 128, 8),
+        ("sm_100", torch.float16, 64, 5),
+        ("gfx942", torch.bfloat16, 128, 6),
+        ("gfx942", torch.float32, 1, 1),
+    ],
+)
+def test_the_hardest_shapes_compile_without_spills(target, dtype, rows, bits):
+    kernel, _ = compile_product(target, bits, rows, dtype, **HARDEST)
+    assert 0 < kernel.registers <= 256
+    assert kernel.spill_bytes == 0, f"{kernel.spill_bytes} bytes spilled"
 
 
 @compiled
-@pytest.mark.parametrize("dtype", UNIT)
-def test_linear_compiles_for_amd(dtype):
-    kernel = compile_linear("gfx942", dtype, 128, bits=3)
-    assert "v_mfma" in kernel.assembly
-    assert kernel.registers > 0 and kernel.spill_bytes == 0
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_codebooks_compile_without_spills(target):
+    kernel, _ = compile_product(target, 4, 1, codebook=True)
+    assert kernel.spill_bytes == 0
+    assert ("v_mfma" in kernel.assembly) == (target == "gfx942")
 
 
 @compiled
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_embedding_compiles_without_spills(target):
-    packed = packed_on_meta(32000, 4096, 5, 64, symmetric=False)
-    indices, out = (torch.empty(20, device="meta", dtype=torch.int64), torch.empty(20, 4096, device="meta"))
-    arguments = triton_embedding.launch_arguments(indices, *packed, 64, out)
+    with torch.device("meta"):
+        words = torch.empty(32000, WordLayout.of(5, 4096, 64).row_words, dtype=torch.int16)
+        scale = torch.empty(64, 32000, dtype=torch.float16)
+        indices, out = torch.empty(20, dtype=torch.int64), torch.empty(20, 4096)
+    arguments = triton_embedding.launch_arguments(indices, words, scale, scale, torch.empty(1), 5, 64, None, out)
     assert aot.compile_ahead(triton_embedding.embedding_kernel, arguments, target).spill_bytes == 0
 
 
 if __name__ == "__main__":
+    dot_of_bfloat16()
     if sys.argv[1] == "linear":
-        check_config_of_bfloat16()
-        dot_of_bfloat16()
         check_linear()
+        check_split_sums_do_not_depend_on_the_order_of_programs()
+    elif sys.argv[1] == "epilogue":
+        check_epilogue()
     else:
         check_embedding()
         check_embedding_outside_the_table()

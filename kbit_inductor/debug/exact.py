@@ -97,7 +97,7 @@ def definition_of(target: Any) -> Callable[..., Any] | None:
     family = next((each for each in FAMILIES if name.startswith(each)), None)
     if family is None or "grad_input" in name:
         return None
-    planes = target._schema.arguments[1].name == "planes"
+    planes = target._schema.arguments[1].name in ("planes", "words")  # what follows them is the same
     return BY_FAMILY[family, "planes" if planes else "tiled"]
 
 

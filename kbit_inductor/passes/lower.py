@@ -100,6 +100,8 @@ def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node],
     if choice.kernel.layout in TILED_LAYOUTS:
         return x, operands[0], bias, use.rows, layer.activation_bits_on_cpu()
     *packed, codebook = plane_operands(operands, layer)
+    if choice.kernel.layout == "words":
+        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook
     return x, *packed, bias, layer.group_columns(use.columns), codebook
 
 
@@ -115,8 +117,11 @@ def _embedding_arguments(use: Use, choice: Choice, operands: list[fx.Node], dtyp
     indices = use.node.args[0]
     if choice.kernel.layout in TILED_LAYOUTS:
         return indices, operands[0], use.columns, dtype
-    *packed, codebook = plane_operands(operands, _config(use))
-    return indices, *packed, use.columns, _config(use).group_columns(use.columns), dtype, codebook
+    layer = _config(use)
+    *packed, codebook = plane_operands(operands, layer)
+    if choice.kernel.layout == "words":
+        return indices, *packed, use.columns, layer.bits, layer.group_columns(use.columns), dtype, codebook
+    return indices, *packed, use.columns, layer.group_columns(use.columns), dtype, codebook
 
 
 def _cast(context: Context, x: Any, dtype: torch.dtype) -> Any:

@@ -24,7 +24,9 @@ from triton.runtime.jit import KernelParam
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -35,6 +37,7 @@ _POINTER_TYPES = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -62,6 +65,29 @@ class CompiledKernel:
         return str(self.asm["sass"])
 
     @cached_property
+    def main_loop(self) -> list[str]:
+        """The opcodes, ``LOP3`` for one, of the longest loop of the SASS that has a tensor core's product in it."""
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        for line in self.sass.splitlines():
+            text = line.split("\t")[-1].strip()
+            if text.endswith(":"):
+                labels[text[:-1]] = len(instructions)
+            elif text.endswith(";"):
+                instructions.append(text)
+        loops = []
+        for i, text in enumerate(instructions):
+            branch = re.search(r"\bBRA\b.*?(\w+);$", text)
+            if branch is None:
+                continue
+            # Where there is no label, it is an address, and an instruction takes 16 bytes.
+            start = int(branch[1], 16) // 16 if branch[1].startswith("0x") else labels[branch[1]]
+            if start < i:
+                loops.append([_opcode(each) for each in instructions[start : i + 1]])
+        products = [loop for loop in loops if any("MMA" in opcode for opcode in loop)]
+        return max(products, key=len, default=[])
+
+    @cached_property
     def _resource_usage(self) -> str:
         """NVIDIA's report ``REG:n STACK:n SHARED:n LOCAL:n ...`` on the binary."""
         with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +110,11 @@ class CompiledKernel:
     def spill_bytes(self) -> int:
         """Bytes of a thread's stack. Triton code has no arrays or calls that would need one, so all of it is spills."""
         return self._resource("STACK", r"\.private_segment_fixed_size:\s*(\d+)")
+
+
+def _opcode(instruction: str) -> str:
+    """``LOP3`` of ``@!P0 LOP3.LUT R1, R2, ...;``."""
+    return re.sub(r"^@!?\w+\s+", "", instruction).split()[0].rstrip(";").partition(".")[0]
 
 
 def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], target: str) -> CompiledKernel:

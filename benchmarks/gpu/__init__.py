@@ -1,0 +1,1 @@
+"""What the GPU kernels compile to, and what they take on a GPU."""

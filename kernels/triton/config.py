@@ -1,0 +1,68 @@
+"""How a product is cut into programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kbit_inductor.kernels.words import WordLayout
+
+DECODE_ROWS = 16
+"""Rows of x up to which a program reads every word once and takes the sums of x from the tensor cores."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+LEAST_STEPS = 4  # of a program, so that its pipeline fills
+
+
+@dataclass(frozen=True)
+class Config:
+    """A program computes ``block_m`` rows of x by ``block_n`` rows of the weight, both powers of two.
+
+    Attributes:
+        block_m: rows of x.
+        block_n: rows of the weight.
+        steps: pieces of a step: as many as a block has, so that every word is loaded once, or 2.
+        sums: whether the sums of x are computed beforehand. Else the tensor cores compute them with the product.
+        split_k: programs that share a tile, each a part of the columns.
+        num_warps: of a program.
+        num_stages: loads of how many steps are under way.
+    """
+
+    block_m: int
+    block_n: int
+    steps: int
+    sums: bool = False
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What of a GPU decides how a product is cut.
+
+    Attributes:
+        multiprocessors: how many it has.
+        wgmma: whether a group of four warps multiplies together (Hopper), so that registers hold larger tiles.
+        least_rows: rows of x that an instruction of its tensor cores takes at least.
+    """
+
+    multiprocessors: int = 1
+    wgmma: bool = False
+    least_rows: int = 8
+
+
+def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
+    """The config for ``m`` rows of x and ``n`` of the weight. By the kernel's instructions and resources, not by measurement."""
+    if dtype == torch.float32:  # three products for each: unrolled, they would not fit in the registers
+        return Config(16, 32, 2, num_warps=2) if m <= DECODE_ROWS else Config(32, 64, 2, sums=True)
+    if m <= DECODE_ROWS:
+        wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, math.ceil(n / 32))
+        split_k = max(1, min(wanted, layout.pieces // layout.block_pieces // LEAST_STEPS))
+        return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
+    if m <= 32:
+        return Config(32, 64, 2, sums=True)
+    if m <= 64 or not device.wgmma or dtype == torch.bfloat16:  # 8 bits are two bfloat16, so there are two sums
+        return Config(64, 128, 2, sums=True, num_warps=8)
+    return Config(128, 128, 2, sums=True, num_warps=8)

@@ -1,0 +1,126 @@
+"""Schemas, fake implementations and derivatives of the operators on a GPU, whose weights are words.
+
+Operands are those of :mod:`kbit_inductor.lowering.ops` but for two: ``words`` (:mod:`kbit_inductor.kernels.words`) in place of
+``planes``, and ``scale`` and ``offset`` with groups before rows, ``[G, N]``, so that the rows of a program lie side by side.
+
+Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else. The fused operator has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbit_inductor.kernels import reference
+from kbit_inductor.kernels.layout import pack_codes
+from kbit_inductor.kernels.words import unpack_words
+from kbit_inductor.lowering.ops import GRADIENT_CHUNK
+
+WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
+SCHEMAS = {
+    "linear_triton": f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook=None) -> Tensor",
+    # residual + activation(x @ W.T + bias) * factor
+    "fused_linear_triton": (
+        f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook, str activation, Tensor? factor, "
+        "Tensor? residual) -> Tensor"
+    ),
+    "embedding_triton": (
+        f"(Tensor indices, {WORDS}, int embedding_dim, int bits, int group_size, ScalarType dtype, Tensor? codebook=None) -> Tensor"
+    ),
+    "linear_grad_input_triton": (f"(Tensor grad, {WORDS}, int bits, int group_size, Tensor? codebook, SymInt columns) -> Tensor"),
+}
+
+
+def dequantize_words(
+    words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bits: int, columns: int, group_size: int,
+    codebook: Tensor | None = None, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """The float weight ``[N, columns]``, in plain PyTorch."""
+    planes = pack_codes(unpack_words(words, bits, columns, group_size), bits)
+    rows_first = None if offset is None else offset.t()
+    return reference.dequantize(planes, scale.t(), rows_first, global_scale, columns, group_size, dtype, codebook)
+
+
+def _linear(*operands: Any) -> Tensor:
+    from kbit_inductor.kernels.triton.linear import linear
+
+    return linear(*operands)
+
+
+def _embedding(*operands: Any) -> Tensor:
+    from kbit_inductor.kernels.triton.embedding import embedding
+
+    return embedding(*operands)
+
+
+def _linear_fake(x: Tensor, words: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], words.shape[0]))
+
+
+def _embedding_fake(
+    indices: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, embedding_dim: int, bits: int,
+    group_size: int, dtype: torch.dtype, codebook: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+def _grad_input_fake(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], rest[-1]))
+
+
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, words, scale, offset, global_scale, bias, ctx.bits, ctx.group_size, codebook = inputs
+    ctx.columns = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(words, scale, offset, global_scale, codebook)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *packed, codebook = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.kbit.linear_grad_input_triton(grad, *packed, ctx.bits, ctx.group_size, codebook, ctx.columns)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return to_x, *(None,) * 4, to_bias, *(None,) * 3
+
+
+def _grad_input(
+    grad: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bits: int, group_size: int,
+    codebook: Tensor | None, columns: int,
+) -> Tensor:  # fmt: skip
+    """``grad @ W`` for ``grad`` ``[..., N]``, with a few rows of ``W`` in float at a time."""
+    total = grad.new_zeros((*grad.shape[:-1], columns), dtype=torch.float32)
+    step = max(1, GRADIENT_CHUNK // max(columns, 1))
+    for start in range(0, words.size(0), step):
+        rows = slice(start, start + step)
+        zero = None if offset is None else offset[:, rows]
+        weight = dequantize_words(words[rows], scale[:, rows], zero, global_scale, bits, columns, group_size, codebook)
+        total += grad[..., rows].float() @ weight
+    return total.to(grad.dtype)
+
+
+def _save_gradient_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, words, scale, offset, global_scale, ctx.bits, ctx.group_size, codebook, _ = inputs
+    ctx.save_for_backward(words, scale, offset, global_scale, codebook)
+
+
+def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *packed, codebook = ctx.saved_tensors
+    return torch.ops.kbit.linear_triton(grad, *packed, None, ctx.bits, ctx.group_size, codebook), *(None,) * 8
+
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake("kbit::linear_triton", _linear_fake)
+torch.library.register_fake("kbit::fused_linear_triton", _linear_fake)
+torch.library.register_fake("kbit::embedding_triton", _embedding_fake)
+torch.library.register_fake("kbit::linear_grad_input_triton", _grad_input_fake)
+torch.library.impl("kbit::linear_triton", "CUDA", _linear)
+torch.library.impl("kbit::fused_linear_triton", "CUDA", _linear)
+torch.library.impl("kbit::embedding_triton", "CUDA", _embedding)
+torch.library.impl("kbit::linear_grad_input_triton", "CompositeExplicitAutograd", _grad_input)
+torch.library.register_autograd("kbit::linear_triton", _linear_backward, setup_context=_save_operands)
+torch.library.register_autograd("kbit::linear_grad_input_triton", _grad_input_backward, setup_context=_save_gradient_operands)

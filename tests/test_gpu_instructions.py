@@ -1,0 +1,50 @@
+"""What the products' kernels compile to for GPUs, against the table that is checked in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from gpu.instructions import DEVICES, RESULTS, ROWS, compile_product
+
+TABLE = json.loads(RESULTS.read_text())
+RECORDS = {(record["target"], record["bits"], record["rows"]): record for record in TABLE["records"]}
+NVIDIA = [target for target in DEVICES if target.startswith("sm")]
+# What an H200 can execute while it reads a weight of so many bits, unpacking, scaling and multiplying together.
+MOST_PER_WEIGHT = {4: 3.5, 3: 2.6, 2: 1.8}
+compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
+
+
+def test_the_table_has_every_configuration_and_none_spills():
+    assert set(RECORDS) == {(target, bits, rows) for target in DEVICES for bits in range(1, 9) for rows in ROWS}
+    assert [record for record in TABLE["records"] if record["spill_bytes"]] == []
+
+
+@pytest.mark.parametrize("bits", MOST_PER_WEIGHT)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_decoding_takes_no_more_instructions_than_reading_allows(target, bits):
+    assert RECORDS[target, bits, 1]["per_weight"] <= MOST_PER_WEIGHT[bits]
+
+
+@compiled
+@pytest.mark.parametrize(("target", "bits", "rows"), [("sm_80", 4, 1), ("sm_90", 2, 1), ("sm_90", 4, 256)])
+def test_the_table_is_what_is_compiled(target, bits, rows):
+    kernel, weights = compile_product(target, bits, rows)
+    record = RECORDS[target, bits, rows]
+    if triton.__version__ == TABLE["setting"]["triton"]:
+        assert (kernel.registers, len(kernel.main_loop)) == (record["registers"], sum(record["kinds"].values()))
+    else:  # another compiler, other instructions
+        assert len(kernel.main_loop) / weights <= 1.25 * record["per_weight"]
+    assert kernel.spill_bytes == 0
+    assert set(re.findall(r"LDGSTS\S*", kernel.sass)) == {"LDGSTS.E.BYPASS.128"}
+    assert ("HGMMA" in kernel.main_loop) == (rows == 256 and target == "sm_90")

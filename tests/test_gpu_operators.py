@@ -1,0 +1,104 @@
+"""The operators of a GPU on a machine that has none: packed weights, shapes, derivatives, and their place in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kbit_inductor import LayerConfig
+from kbit_inductor.lowering.gpu import dequantize_words
+from kbit_inductor.lowering.registry import KERNELS, Choice
+from kbit_inductor.packing import operand_specs, pack, plane_operands
+from kbit_inductor.passes import lower
+
+(TRITON,) = (kernel for kernel in KERNELS if kernel.name == "triton")
+
+
+def linear(x, words, scale, offset, global_scale, bias, bits, group_size, codebook=None):
+    weight = dequantize_words(words, scale, offset, global_scale, bits, x.shape[-1], group_size, codebook)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def embedding(indices, words, scale, offset, global_scale, embedding_dim, bits, group_size, dtype, codebook=None):
+    table = dequantize_words(words, scale, offset, global_scale, bits, embedding_dim, group_size, codebook, dtype)
+    return table[indices]
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """The operators, with implementations in plain PyTorch."""
+    with torch.library._scoped_library("kbit", "IMPL") as library:
+        library.impl("linear_triton", linear, "CPU")
+        library.impl("embedding_triton", embedding, "CPU")
+        yield
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"codebook": "normal"}], ids=str)
+def test_words_hold_what_planes_hold(bits, options):
+    weight = torch.randn(2, 20, 100)
+    for value in (weight, weight[0]):
+        config = LayerConfig(bits=bits, group_size=40, **options)
+        planes, words = (pack(value, config, layout=layout) for layout in ("planes", "words"))
+        assert torch.equal(words.dequantize(), planes.dequantize())
+        batch = value.size(0) if value.dim() == 3 else None
+        specs = operand_specs(20, 100, config, "words", batch)
+        assert [(tuple(operand.shape), operand.dtype) for operand in words.operands] == specs
+        assert all(operand.is_contiguous() for operand in words.operands)
+
+
+def test_gradients_pass_through(on_cpu):
+    config = LayerConfig(bits=3, group_size=16)
+    packed = pack(torch.randn(12, 40), config, layout="words")
+    *operands, codebook = plane_operands(packed.operands, config)
+    x, bias, grad = torch.randn(3, 40, requires_grad=True), torch.randn(12, requires_grad=True), torch.randn(3, 12)
+    y = torch.ops.kbit.linear_triton(x, *operands, bias, 3, 16, codebook)
+    plain = torch.nn.functional.linear(x, packed.dequantize(), bias)
+    torch.testing.assert_close(y, plain)
+    ours, theirs = (torch.autograd.grad(of, (x, bias), grad) for of in (y, plain))
+    torch.testing.assert_close(ours, theirs)
+
+    to_x = lambda g: torch.ops.kbit.linear_grad_input_triton(g, *operands, 3, 16, codebook, 40)  # noqa: E731
+    again = torch.autograd.grad(to_x(grad.requires_grad_()), grad, x.detach())
+    torch.testing.assert_close(again[0], torch.nn.functional.linear(x.detach(), packed.dequantize()))
+
+
+def test_fakes_give_the_shapes_of_results():
+    with torch.device("meta"):
+        x, words, scale, one = (
+            torch.empty(2, 3, 64).half(),
+            torch.empty(20, 16, dtype=torch.int16),
+            torch.empty(2, 20).half(),
+            torch.empty(1),
+        )
+        y = torch.ops.kbit.linear_triton(x, words, scale, None, one, None, 4, 32)
+        fused = torch.ops.kbit.fused_linear_triton(x, words, scale, None, one, None, 4, 32, None, "silu", y, y)
+        rows = torch.ops.kbit.embedding_triton(
+            torch.empty(5, dtype=torch.int64), words, scale, None, one, 64, 4, 32, torch.bfloat16
+        )
+    assert (y.shape, y.dtype) == (fused.shape, fused.dtype) == ((2, 3, 20), torch.float16)
+    assert (rows.shape, rows.dtype) == ((5, 64), torch.bfloat16)
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 72), torch.nn.Linear(72, 50)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(torch.relu(self.embed(tokens)))
+
+
+def test_a_graph_takes_words(on_cpu, monkeypatch):
+    """With the choice that a GPU would lead to. Embedding and head share one packed weight."""
+    monkeypatch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))
+    model, tokens = Model().eval(), torch.arange(6)
+    compiled = torch.compile(model, backend="kbit", options={"bits": 5, "group_size": 24, "codebook": "normal"})
+    with torch.no_grad():
+        y = compiled(tokens)
+    weight = pack(model.embed.weight, LayerConfig(bits=5, group_size=24, codebook="normal"), layout="words").dequantize()
+    expected = torch.nn.functional.linear(torch.relu(weight[tokens]), weight, model.head.bias)
+    torch.testing.assert_close(y, expected)
