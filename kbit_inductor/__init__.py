@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from kbit_inductor.backend import kbit
 from kbit_inductor.bisect import Culprit, bisect
 from kbit_inductor.bits import Plan, PlannedLayer, plan
@@ -57,6 +59,9 @@ from kbit_inductor.restore import restore_
 from kbit_inductor.saving import load, save
 from kbit_inductor.surgery import dequantize_, quantize_
 
+if TYPE_CHECKING:
+    from kbit_inductor.pretrained import KbitConfig
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -78,6 +83,7 @@ __all__ = [
     "InvalidPassError",
     "InvalidPromptError",
     "InvalidSamplingError",
+    "KbitConfig",
     "KbitError",
     "LayerConfig",
     "LayerReport",
@@ -119,3 +125,12 @@ __all__ = [
     "restore_",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``KbitConfig``, when it is first asked for: it imports transformers, which nothing else here needs."""
+    if name == "KbitConfig":
+        from kbit_inductor.pretrained import KbitConfig
+
+        return KbitConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

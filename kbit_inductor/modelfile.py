@@ -83,6 +83,21 @@ class StoredWeight:
         """How it is stored. The method that chose the codes is not kept."""
         return LayerConfig(**self.options)
 
+    @classmethod
+    def parsed(cls, found: Mapping[str, Any]) -> StoredWeight:
+        """What JSON says of one.
+
+        Raises:
+            ValueError, KeyError, TypeError, OverflowError, InvalidOptionError: it is none.
+        """
+        layers = tuple(_is(str, name) for name in _is(list, found["layers"]))
+        size = (_is(int, found["rows"]), _is(int, found["columns"]))
+        options = {name: found["options"][name] for name in OPTIONS}
+        weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options)
+        if not layers or min(size) < 0 or not isinstance(weight.config, LayerConfig):
+            raise ValueError(f"the weight of {layers} is {size}")
+        return weight
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -133,14 +148,7 @@ class Manifest:
 
     @classmethod
     def _parsed(cls, found: Mapping[str, Any]) -> Manifest:
-        weights = []
-        for one in found["weights"]:
-            layers = tuple(_is(str, name) for name in _is(list, one["layers"]))
-            size = (_is(int, one["rows"]), _is(int, one["columns"]))
-            options = {name: one["options"][name] for name in OPTIONS}
-            weights.append(StoredWeight(layers, *size, _dtype(one["dtype"]), float(one["error"]), options))
-            if not layers or min(size) < 0 or not isinstance(weights[-1].config, LayerConfig):
-                raise ValueError(f"the weight of {layers} is {size}")
+        weights = [StoredWeight.parsed(one) for one in found["weights"]]
         tensors = {}
         for name, one in _is(dict, found["tensors"]).items():
             shape = tuple(_is(int, extent) for extent in _is(list, one["shape"]))

@@ -70,7 +70,7 @@ def save(model: nn.Module, folder: str | Path, *, shard_bytes: int = SHARD_BYTES
         weights = []
         for matrix, layers in matrices.items():
             writer.add({f"{layers[0]}.weight.{name}": tensor for name, tensor in matrix.stored().items()})
-            weights.append(_stored_weight(matrix, layers))
+            weights.append(stored_weight(matrix, layers))
             progress.advance(layers[0])
         for name, tensor in floats.items():
             writer.add({name: tensor})
@@ -149,7 +149,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _stored_weight(matrix: PackedMatrix, layers: list[str]) -> StoredWeight:
+def stored_weight(matrix: PackedMatrix, layers: list[str]) -> StoredWeight:
+    """What is written of the packed weight of ``layers`` beside its operands."""
     options = {name: getattr(matrix.config, name) for name in OPTIONS}
     dtype = str(matrix.dtype).removeprefix("torch.")
     return StoredWeight(tuple(layers), matrix.rows, matrix.columns, dtype, matrix.error, options)
@@ -179,24 +180,34 @@ def _built(manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
 
 def _put_packed(model: nn.Module, weight: StoredWeight, reader: Reader, device: torch.device | str) -> None:
     """Read one packed weight and put it where it belongs."""
-    config, first = weight.config, weight.layers[0]
+    first = weight.layers[0]
     places = [(name, *_place(model, name, weight)) for name in weight.layers]
-    specs = specs_by_name(weight.rows, weight.columns, config)
-    tensors = reader.read([f"{first}.weight.{name}" for name in specs])
-    operands = {name: tensors[f"{first}.weight.{name}"] for name in specs}
-    for name, tensor in operands.items():
-        if (tuple(tensor.shape), tensor.dtype) != specs[name]:
-            raise CorruptModelError(f"{first}.weight.{name} is {tuple(tensor.shape)} of {tensor.dtype}, which fits no {config}")
-    levels = Levels(config.bits, config.levels()).table(torch.device("cpu"))
-    if levels is not None and not torch.equal(operands["codebook"], levels):
-        raise CorruptModelError(f"{first}.weight.codebook is not the codebook {config.codebook!r}; save the model again")
-    packed = PackedWeight(tuple(tensor.to(device) for tensor in operands.values()), config, weight.columns, weight.error)
-    matrix = PackedMatrix(packed, weight.rows, DTYPES[weight.dtype])
+    names = list(specs_by_name(weight.rows, weight.columns, weight.config))
+    tensors = reader.read([f"{first}.weight.{name}" for name in names])
+    matrix = packed_matrix(weight, {name: tensors[f"{first}.weight.{name}"] for name in names}, device)
     made: dict[nn.Module, nn.Module] = {}
     for _, parent, key, module in places:
         if module not in made:
             made[module] = packed_module(module, matrix).train(module.training)
         parent._modules[key] = made[module]
+
+
+def packed_matrix(weight: StoredWeight, operands: Mapping[str, Tensor], device: torch.device | str) -> PackedMatrix:
+    """The weight on ``device`` whose ``operands`` were read, by their names in the storage format and in its order.
+
+    Raises:
+        CorruptModelError: they do not fit what is said of it, or the codebook is another one.
+    """
+    config, first = weight.config, weight.layers[0]
+    specs = specs_by_name(weight.rows, weight.columns, config)
+    for name, tensor in operands.items():
+        if (tuple(tensor.shape), tensor.dtype) != specs[name]:
+            raise CorruptModelError(f"{first}.weight.{name} is {tuple(tensor.shape)} of {tensor.dtype}, which fits no {config}")
+    levels = Levels(config.bits, config.levels()).table(torch.device("cpu"))
+    if levels is not None and not torch.equal(operands["codebook"].cpu(), levels):
+        raise CorruptModelError(f"{first}.weight.codebook is not the codebook {config.codebook!r}; save the model again")
+    packed = PackedWeight(tuple(tensor.to(device) for tensor in operands.values()), config, weight.columns, weight.error)
+    return PackedMatrix(packed, weight.rows, DTYPES[weight.dtype])
 
 
 def _place(model: nn.Module, name: str, weight: StoredWeight) -> tuple[nn.Module, str, nn.Module]:
