@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbit_inductor.backend import kbit
-from kbit_inductor.bisect import Culprit, bisect
 from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.debug.bisect import Culprit, bisect
 from kbit_inductor.errors import (
     BrokenPassError,
     BudgetError,
@@ -49,15 +49,15 @@ from kbit_inductor.errors import (
     UnsupportedShapeError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
-from kbit_inductor.generate import Generator, generate
-from kbit_inductor.ggufmodel import from_gguf
+from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.models.gguf_model import from_gguf
+from kbit_inductor.models.saving import load, save
+from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
-from kbit_inductor.saving import load, save
-from kbit_inductor.surgery import dequantize_, quantize_
 
 if TYPE_CHECKING:
     from kbit_inductor.pretrained import KbitConfig

@@ -21,7 +21,7 @@ from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
-from kbit_inductor.modules import PackedMatrix, matrix_of
+from kbit_inductor.models.modules import PackedMatrix, matrix_of
 from kbit_inductor.page import Steps, render
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot

@@ -13,7 +13,7 @@ from kbit_inductor.capture import GraphWeight
 from kbit_inductor.config import Config, matches
 from kbit_inductor.errors import UnmatchedOverrideError
 from kbit_inductor.logs import logger
-from kbit_inductor.modules import matrix_of
+from kbit_inductor.models.modules import matrix_of
 
 log = logger("capture")
 

@@ -21,12 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbit_inductor.config import Config
 from kbit_inductor.errors import CorruptModelError, InvalidOptionError, ModelMismatchError
-from kbit_inductor.modelfile import StoredWeight
-from kbit_inductor.modules import PackedMatrix
+from kbit_inductor.models.modelfile import StoredWeight
+from kbit_inductor.models.modules import PackedMatrix
+from kbit_inductor.models.saving import packed_matrix, stored_weight
+from kbit_inductor.models.surgery import dequantize_, packed_matrices, packed_module, quantize_
 from kbit_inductor.packing import specs_by_name
 from kbit_inductor.release import trim_heap
-from kbit_inductor.saving import packed_matrix, stored_weight
-from kbit_inductor.surgery import dequantize_, packed_matrices, packed_module, quantize_
 
 METHOD = "kbit"
 

@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
 
 import kbit_inductor as kbit
-from kbit_inductor.captured import Captured
-from kbit_inductor.sampling import FIRST_CANDIDATES, Sampling
+from kbit_inductor.generation.captured import Captured
+from kbit_inductor.generation.sampling import FIRST_CANDIDATES, Sampling
 from kbit_inductor.testing import dequantized_copy
 from kbit_inductor.testing.strategies import SEEDS
 

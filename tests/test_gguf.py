@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor.ggufblocks import TYPES, packed_of
 from kbit_inductor.lowering.registry import cpu_library_problem
-from kbit_inductor.modules import PackedMatrix
+from kbit_inductor.models.gguf_blocks import TYPES, packed_of
+from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.testing.strategies import SEEDS, normal
 
 SIZES = {"hidden": 64, "inner": 96, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 96}

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import kbit_inductor as kbit
-from kbit_inductor.modules import PackedLinear
+from kbit_inductor.models.modules import PackedLinear
+from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.pretrained import KbitConfig, KbitQuantizer
-from kbit_inductor.surgery import packed_matrices
 
 IDS = torch.arange(1, 9)[None]
 OPTIONS: dict[str, Any] = {"bits": 4, "group_size": 32, "overrides": {"re:.*v_proj": {"bits": 3, "codebook": "normal"}}}

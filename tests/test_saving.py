@@ -21,8 +21,8 @@ from test_surgery import model as float_model
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
-from kbit_inductor.modelfile import MANIFEST, sha256
-from kbit_inductor.modules import PackedLinear, PackedMatrix
+from kbit_inductor.models.modelfile import MANIFEST, sha256
+from kbit_inductor.models.modules import PackedLinear, PackedMatrix
 from kbit_inductor.packing import PackedWeight, specs_by_name
 
 
@@ -188,7 +188,7 @@ def test_a_save_that_fails_leaves_the_old_model(saved: Path, tmp_path: Path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kbit_inductor.modelfile.save_file", full)
+    monkeypatch.setattr("kbit_inductor.models.modelfile.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         kbit.save(kbit.quantize_(float_model(), {**OPTIONS, "bits": 2}), folder)
     assert {path.name for path in folder.iterdir()} == names

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kbit_inductor as kbit
 from kbit_inductor.kernels import reference
-from kbit_inductor.modules import PackedLinear, PackedMatrix, matrix_of
+from kbit_inductor.models.modules import PackedLinear, PackedMatrix, matrix_of
 from kbit_inductor.packing import pack
 from kbit_inductor.testing import relative_error
 from kbit_inductor.testing import strategies as own

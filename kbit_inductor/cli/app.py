@@ -22,9 +22,9 @@ from kbit_inductor.cli.files import new_folder, open_model, open_tokenizer
 from kbit_inductor.config import Config
 from kbit_inductor.errors import InvalidOptionError, KbitError
 from kbit_inductor.explain import explain as explain_model
-from kbit_inductor.generate import Generator
-from kbit_inductor.saving import save
-from kbit_inductor.surgery import dequantize_, packed_matrices, quantize_
+from kbit_inductor.generation.generator import Generator
+from kbit_inductor.models.saving import save
+from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="k-bit models: make, look into and run them.")
 console = Console()

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from kbit_inductor.errors import InvalidOptionError, MissingPackageError, NotAModelFolderError
-from kbit_inductor.ggufmodel import from_gguf
-from kbit_inductor.modelfile import MANIFEST
-from kbit_inductor.saving import load
+from kbit_inductor.models.gguf_model import from_gguf
+from kbit_inductor.models.modelfile import MANIFEST
+from kbit_inductor.models.saving import load
 
 
 def need(package: str) -> None:

@@ -14,7 +14,7 @@ from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.logs import logger
-from kbit_inductor.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of
+from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of
 from kbit_inductor.overrides import check_names
 from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
 from kbit_inductor.progress import Progress

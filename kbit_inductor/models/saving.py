@@ -17,7 +17,7 @@ from kbit_inductor.errors import (
     ReleasedWeightError,
     UnsavableModelError,
 )
-from kbit_inductor.modelfile import (
+from kbit_inductor.models.modelfile import (
     DTYPES,
     OPTIONS,
     Manifest,
@@ -27,12 +27,12 @@ from kbit_inductor.modelfile import (
     locked,
     remove_others,
 )
-from kbit_inductor.modules import PackedMatrix
+from kbit_inductor.models.modules import PackedMatrix
+from kbit_inductor.models.surgery import packed_matrices, packed_module
 from kbit_inductor.packing import PackedWeight, specs_by_name
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import Levels
 from kbit_inductor.release import MEND, is_released, trim_heap
-from kbit_inductor.surgery import packed_matrices, packed_module
 
 SHARD_BYTES = 256 << 20
 TRIMMED = 1 << 18  # elements of a weight after whose conversion memory is given back to the system

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kbit_inductor.config import Config
+from kbit_inductor.debug.repro import Part, write
 from kbit_inductor.errors import BrokenPassError
-from kbit_inductor.repro import Part, write
 from kbit_inductor.testing.equivalence import assert_equivalent
 from kbit_inductor.testing.rewriting import rewrite
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kbit_inductor.errors import ModelMismatchError, NotAModelFileError
-from kbit_inductor.ggufblocks import TYPES, packed_of
 from kbit_inductor.logs import logger
-from kbit_inductor.modules import PackedMatrix
+from kbit_inductor.models.gguf_blocks import TYPES, packed_of
+from kbit_inductor.models.modules import PackedMatrix
+from kbit_inductor.models.surgery import packed_module
 from kbit_inductor.progress import Progress
 from kbit_inductor.release import trim_heap
-from kbit_inductor.surgery import packed_module
 
 log = logger("pack")
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbit_inductor.captured import Captured
 from kbit_inductor.config import Config
 from kbit_inductor.errors import (
     InterruptedStreamError,
@@ -20,8 +19,9 @@ from kbit_inductor.errors import (
     TrainingModeError,
     UncapturableModelError,
 )
-from kbit_inductor.prompt import prepare
-from kbit_inductor.sampling import Sampling
+from kbit_inductor.generation.captured import Captured
+from kbit_inductor.generation.prompt import prepare
+from kbit_inductor.generation.sampling import Sampling
 
 Options = Mapping[str, Any] | Config | None
 EXAMPLE = 2  # the smallest size that torch.compile does not take for a special case
