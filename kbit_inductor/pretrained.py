@@ -23,7 +23,7 @@ from kbit_inductor.config import Config
 from kbit_inductor.errors import CorruptModelError, InvalidOptionError, ModelMismatchError
 from kbit_inductor.models.modelfile import StoredWeight
 from kbit_inductor.models.modules import PackedMatrix
-from kbit_inductor.models.saving import packed_matrix, stored_weight
+from kbit_inductor.models.saving import packed_matrix, place_of, stored_weight
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, packed_module, quantize_
 from kbit_inductor.packing import specs_by_name
 from kbit_inductor.release import trim_heap
@@ -75,12 +75,7 @@ class KbitQuantizer(HfQuantizer):
             return
         for weight in self.quantization_config.weights or ():
             for position, name in enumerate(weight.layers):
-                module = _module(model, name)
-                if tuple(module.weight.shape) != (weight.rows, weight.columns):
-                    raise ModelMismatchError(
-                        f"layer {name!r} is {tuple(module.weight.shape)}, packed it was {(weight.rows, weight.columns)}; "
-                        "load the folder with the configuration that is in it"
-                    )
+                _, _, module = place_of(model, name, weight)
                 model.set_submodule(name, _Awaited(module, weight if position == 0 else None))
             _untie(model, weight.layers)
         _check_files(told.get("checkpoint_files") or (), self.quantization_config.weights or ())
@@ -175,16 +170,6 @@ def _check_files(files: Iterable[str], weights: Iterable[StoredWeight]) -> None:
         for name in specs_by_name(weight.rows, weight.columns, weight.config):
             if f"{weight.layers[0]}.weight.{name}" not in found:
                 raise CorruptModelError(f"{weight.layers[0]}.weight.{name} is not in the folder; save the model again")
-
-
-def _module(model: nn.Module, name: str) -> Any:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ModelMismatchError(f"the model has no layer {name!r}, which was packed; load the class that was saved") from None
-    if not isinstance(module, (nn.Linear, nn.Embedding)):
-        raise ModelMismatchError(f"layer {name!r} is a {type(module).__name__}, no nn.Linear or nn.Embedding; it was packed")
-    return module
 
 
 def _untie(model: PreTrainedModel, layers: Iterable[str]) -> None:

@@ -60,7 +60,7 @@ def test_packed_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(loaded(tmp_path / "twice")(IDS).logits, packed(IDS).logits)
     again.dequantize()
-    torch.testing.assert_close(again(IDS).logits, packed(IDS).logits, atol=0.05, rtol=0.05)  # activations of 8 bits or not
+    torch.testing.assert_close(again(IDS).logits, packed(IDS).logits)
     assert type(again.lm_head) is nn.Linear and not packed_matrices(again)
 
 
@@ -100,9 +100,9 @@ def damaged(folder: Path, change: Any) -> None:
     [
         (lambda told: told.pop("weights"), kbit.CorruptModelError, "describes no packed weights"),
         (lambda told: told["weights"][0].update(rows=-1), kbit.CorruptModelError, "there cannot be"),
-        (lambda told: told["weights"][0].update(rows=7), kbit.ModelMismatchError, "packed it was"),
+        (lambda told: told["weights"][0].update(rows=7), kbit.ModelMismatchError, "of the model is"),
         (lambda told: told["weights"][0].update(layers=["model.absent"]), kbit.ModelMismatchError, "no layer 'model.absent'"),
-        (lambda told: told["weights"][0].update(layers=["model"]), kbit.ModelMismatchError, "no nn.Linear"),
+        (lambda told: told["weights"][0].update(layers=["model"]), kbit.ModelMismatchError, "is a LlamaModel"),
         (lambda told: told.update(bits=9), kbit.InvalidOptionError, "'bits' is 9"),
         (lambda told: told.update(bit=4), kbit.UnknownOptionError, "Did you mean 'bits'"),
     ],

@@ -13,9 +13,12 @@ from typing import Any
 from torch import nn
 
 from kbit_inductor.errors import InvalidOptionError, MissingPackageError, NotAModelFolderError
+from kbit_inductor.logs import logger
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.modelfile import MANIFEST
 from kbit_inductor.models.saving import load
+
+log = logger("capture")
 
 
 def need(package: str) -> None:
@@ -58,7 +61,8 @@ def open_tokenizer(source: Path) -> Any:
         if source.suffix == ".gguf":
             return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("%s has no tokenizer that transformers reads: %s", source, error)
         return None
 
 

@@ -181,7 +181,7 @@ def _built(manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
 def _put_packed(model: nn.Module, weight: StoredWeight, reader: Reader, device: torch.device | str) -> None:
     """Read one packed weight and put it where it belongs."""
     first = weight.layers[0]
-    places = [(name, *_place(model, name, weight)) for name in weight.layers]
+    places = [(name, *place_of(model, name, weight)) for name in weight.layers]
     names = list(specs_by_name(weight.rows, weight.columns, weight.config))
     tensors = reader.read([f"{first}.weight.{name}" for name in names])
     matrix = packed_matrix(weight, {name: tensors[f"{first}.weight.{name}"] for name in names}, device)
@@ -210,7 +210,7 @@ def packed_matrix(weight: StoredWeight, operands: Mapping[str, Tensor], device: 
     return PackedMatrix(packed, weight.rows, DTYPES[weight.dtype])
 
 
-def _place(model: nn.Module, name: str, weight: StoredWeight) -> tuple[nn.Module, str, nn.Module]:
+def place_of(model: nn.Module, name: str, weight: StoredWeight) -> tuple[nn.Module, str, nn.Module]:
     """Parent, key and module of the layer ``name``, which must be one that ``weight`` fits."""
     path, _, key = name.rpartition(".")
     try:
