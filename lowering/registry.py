@@ -159,8 +159,6 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"runs on a GPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
-    if problem.family not in MATRIX_FAMILIES:
-        return "takes one matrix, not a batch of them"
     return _triton_problem()
 
 

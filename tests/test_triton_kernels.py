@@ -33,6 +33,7 @@ from gpu.instructions import compile_product
 
 from kbit_inductor.kernels.triton import aot, unpack
 from kbit_inductor.kernels.triton import embedding as triton_embedding
+from kbit_inductor.kernels.triton import grouped as triton_grouped
 from kbit_inductor.kernels.triton import linear as triton_linear
 from kbit_inductor.kernels.triton.config import Config
 from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS
@@ -214,6 +215,65 @@ def check_split_sums_do_not_depend_on_the_order_of_programs():
         part = as_words((scale[:, groups], offset[:, groups], global_scale), codes[:, columns], 4, 32)
         parts.append(triton_linear.linear(x[:, columns], *part, None, 4, 32, config=Config(8, 32, 4)))
     assert torch.equal(split, ((parts[0] + parts[1]) + parts[2]) + parts[3])
+
+
+def assert_is_product(actual: Tensor, x: Tensor, grid: tuple, codes: Tensor, levels: Tensor | None, bits: int, group_size: int):
+    """``actual`` is ``x @ W.T`` of the packed weight, within the bound."""
+    exact = reference.linear(x.double(), pack_codes(codes, bits), *grid, None, group_size, levels)
+    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
+    bound = linear_bound(x, grid, found.double(), level_bits, group_size, exact, None)
+    assert actual.dtype == x.dtype and actual.shape == exact.shape
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
+def packed_batch(count: int, n: int, columns: int, bits: int, group_size: int, symmetric: bool, exponent: int, codebook: bool):
+    """Matrices of :func:`packed_weight`, and the operands of the kernels of all of them: words, their grids, codebooks."""
+    matrices = [packed_weight(n, columns, bits, group_size, symmetric, exponent - 4 - i, codebook) for i in range(count)]
+    operands = zip(*((*as_words(grid, codes, bits, group_size), levels) for grid, codes, levels in matrices), strict=True)
+    *words, levels = (None if each[0] is None else fenced(torch.stack(each)) for each in operands)
+    return matrices, words, levels
+
+
+EXPERTS = PACKED | {
+    "n": st.integers(1, 20),
+    "dtype": DTYPES,
+    "codebook": st.booleans(),
+    "config": st.sampled_from(["default", "flat"]),
+}
+EXPERTS |= {"columns": st.integers(1, 70), "where_dtype": st.sampled_from([torch.int32, torch.int64])}
+
+
+@settings(max_examples=7, deadline=None, print_blob=True)
+@given(**EXPERTS, counts=st.lists(st.integers(0, 12), min_size=1, max_size=3), rest=st.integers(0, 9))
+def check_grouped(bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, counts, rest):
+    torch.manual_seed(seed)
+    matrices, words, levels = packed_batch(len(counts), n, columns, bits, group_size, symmetric, exponent, codebook)
+    x, offsets = (
+        fenced(torch.randn(sum(counts) + rest, columns).to(dtype)),
+        fenced(torch.tensor(counts).cumsum(0, dtype=where_dtype)),
+    )
+    chosen = config_named(config, WordLayout.of(bits, columns, group_size))
+    *groups, zeros = triton_grouped.grouped_linear(x, *words, offsets, bits, group_size, levels, chosen).split([*counts, rest])
+    for actual, rows, matrix in zip(groups, x.split([*counts, rest]), matrices, strict=False):
+        assert_is_product(actual, rows, *matrix, bits, group_size)
+    assert torch.equal(zeros, torch.zeros(rest, n, dtype=dtype))
+
+
+@settings(max_examples=7, deadline=None, print_blob=True)
+@given(**EXPERTS, m=st.integers(1, 20), index=st.one_of(st.none(), st.lists(st.integers(-5, 4), max_size=6)))
+def check_batched(bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, m, index):
+    """With an index of fewer entries than matrices, of more, or none. Of 3 matrices, -5 to -4, 3 and 4 are none."""
+    torch.manual_seed(seed)
+    matrices, words, levels = packed_batch(3, n, columns, bits, group_size, symmetric, exponent, codebook)
+    chosen = config_named(config, WordLayout.of(bits, columns, group_size))
+    x = fenced(torch.randn(3 if index is None else len(index), m, columns).to(dtype))
+    where = None if index is None else fenced(torch.tensor(index, dtype=where_dtype))
+    actual = triton_grouped.batched_linear(x, *words, where, bits, group_size, levels, chosen)
+    for result, rows, i in zip(actual, x, range(3) if index is None else index, strict=True):
+        if -3 <= i < 3:
+            assert_is_product(result, rows, *matrices[i], bits, group_size)
+        else:
+            assert result.isnan().all()
 
 
 @settings(max_examples=45, deadline=None, print_blob=True)
@@ -413,6 +473,8 @@ if __name__ == "__main__":
         check_split_sums_do_not_depend_on_the_order_of_programs()
     elif sys.argv[1] == "epilogue":
         check_epilogue()
+        check_grouped()
+        check_batched()
     else:
         check_embedding()
         check_embedding_outside_the_table()

@@ -110,6 +110,8 @@ def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], 
     if choice.kernel.layout in TILED_LAYOUTS:
         return x, operands[0], where, use.rows, layer.activation_bits_on_cpu()
     *packed, codebook = plane_operands(operands, layer)
+    if choice.kernel.layout == "words":
+        return x, *packed, where, layer.bits, layer.group_columns(use.columns), codebook
     return x, *packed, where, layer.group_columns(use.columns), codebook
 
 

@@ -65,7 +65,7 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     family = next((each for each in FAMILIES if name.startswith(each)), None)
     if family is None or "grad_input" in name:
         return None
-    planes = target._schema.arguments[1].name == "planes"
+    planes = target._schema.arguments[1].name in ("planes", "words")
     where = args[5 if planes else 2]
     bits = None if planes else args[-1]
     grid: Any = grids[id(args[1])]

@@ -122,3 +122,16 @@ def or_plane(
         tile, shift = find_piece(step * STEPS + INDEX, BITS, WIDTH, BLOCK_PIECES, BLOCK_TILES)
         words = load_tile(row_ptr, tile, PIECE)
         return or_moving_field(code, words, shift, LOW + low_of(WIDTH, BITS), WIDTH, PTX), words
+
+
+@triton.jit
+def or_planes(
+    code, words_8, words_4, words_2, words_1, row_ptr, step, INDEX: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, BLOCK_TILES: tl.constexpr, PIECE: tl.constexpr, LOW: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """:func:`or_plane` for every plane: ``code`` with all bits of the piece, and the tiles they are in."""
+    code, words_8 = or_plane(code, words_8, row_ptr, step, INDEX, STEPS, BITS, 8, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    code, words_4 = or_plane(code, words_4, row_ptr, step, INDEX, STEPS, BITS, 4, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    code, words_2 = or_plane(code, words_2, row_ptr, step, INDEX, STEPS, BITS, 2, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    code, words_1 = or_plane(code, words_1, row_ptr, step, INDEX, STEPS, BITS, 1, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    return code, words_8, words_4, words_2, words_1

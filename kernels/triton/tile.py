@@ -1,0 +1,130 @@
+"""The sums of one tile of a product on words: what every product's kernel has in common.
+
+The weight is the left operand of the tensor cores, so one row of ``x`` wastes little: an instruction takes 16 rows of the weight
+and 8 of ``x``. Codes go in as they are (:mod:`kbit_inductor.kernels.triton.unpack`), and what a scale and an offset do to them is
+done to float32 sums over a group::
+
+    sum (s c + o) x  =  s sum c x + o sum x
+
+so the weight itself is never rounded. A float32 ``x`` is the sum of three bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kbit_inductor.kernels.triton.unpack import mantissa_bit, or_field, or_planes
+
+
+@triton.jit
+def _multiply(left, x, acc):
+    """``acc + left @ x``; a float32 ``x`` is cut into three bfloat16, which hold all of its 24 bits."""
+    if x.dtype == tl.float32:
+        head = x.to(tl.bfloat16)
+        rest = x - head.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        tail = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(left, head, tl.dot(left, middle, tl.dot(left, tail, acc)))
+    else:
+        return tl.dot(left, x, acc)
+
+
+@triton.jit
+def _load_x(
+    x_ptr, m, K, x_row_stride, piece,
+    PIECE: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUP_PIECES: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Columns of ``piece`` of rows ``m``, ``[PIECE, len(m)]``; zeros in the padding."""
+    rows = x_ptr + m.to(tl.int64)[None, :] * x_row_stride
+    if GROUP_SIZE % PIECE == 0:
+        k = piece * PIECE + tl.arange(0, PIECE)[:, None]
+        valid = k < K
+    else:
+        inside = piece % GROUP_PIECES * PIECE + tl.arange(0, PIECE)[:, None]
+        k = piece // GROUP_PIECES * GROUP_SIZE + inside
+        valid = (inside < GROUP_SIZE) & (k < K)
+    if EVEN_K:
+        return tl.load(rows + k, eviction_policy="evict_last")
+    else:
+        return tl.load(rows + k, mask=valid, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _load_grid(scale_ptr, offset_ptr, where, BIAS: tl.constexpr, MIDPOINT: tl.constexpr):
+    """Scale and offset at ``where``, float32, of digits that are ``BIAS`` more than a level."""
+    scale = tl.load(scale_ptr + where).to(tl.float32)
+    # Triton drops the untaken branch of a statement only.
+    if offset_ptr is None:  # noqa: SIM108
+        offset = scale * (-BIAS - MIDPOINT)
+    else:
+        offset = tl.load(offset_ptr + where).to(tl.float32) - scale * BIAS
+    return scale, offset
+
+
+@triton.jit
+def tile_sums(
+    x_ptr, words_ptr, scale_ptr, offset_ptr, codebook_ptr, sums_ptr, m, row, first, last, M, N, K, x_row_stride, row_words, groups,
+    BITS: tl.constexpr, MIDPOINT: tl.constexpr, GROUP_SIZE: tl.constexpr, PIECE: tl.constexpr, GROUP_PIECES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, BLOCK_TILES: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """``W[row] @ x[m].T`` over steps ``first .. last - 1``, float32 ``[BLOCK_N, BLOCK_M]``, without the global scale.
+
+    A step is ``STEPS`` pieces; ``SPAN`` of them, 1 or 2, always share a group. ``row`` is below ``N`` and ``m`` below ``M``.
+    """
+    row_ptr = words_ptr + row.to(tl.int64)[:, None] * row_words + tl.arange(0, PIECE)[None, :]
+    HALF: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
+    LEVEL_BITS: tl.constexpr = BITS if codebook_ptr is None else 8
+    DIGITS: tl.constexpr = 2 if tl.bfloat16 == HALF and LEVEL_BITS == 8 else 1
+    # A digit d of b bits as a bfloat16 is 2 ** b + d, its bits the first of the mantissa. As a float16 it is a subnormal, and may
+    # begin at any bit of the mantissa, as long as it ends in it.
+    DIGIT_BITS: tl.constexpr = 4 if DIGITS == 2 else LEVEL_BITS
+    EXPONENT: tl.constexpr = 0 if tl.float16 == HALF else (127 + DIGIT_BITS) * 128
+    BIAS: tl.constexpr = 0.0 if tl.float16 == HALF else 2.0**DIGIT_BITS * (17 if DIGITS == 2 else 1)
+    DIRECT: tl.constexpr = DIGITS == 1 and codebook_ptr is None  # a code is the digit, not a step on the way to it
+    UNROLLED: tl.constexpr = STEPS == BLOCK_PIECES
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    ones = tl.full([BLOCK_N, PIECE], 1.0, HALF)
+    for step in range(first, last):
+        for i in tl.static_range(STEPS):
+            if i % SPAN == 0:
+                products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                low_products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                x_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            x = _load_x(x_ptr, m, K, x_row_stride, step * STEPS + i, PIECE, GROUP_SIZE, GROUP_PIECES, EVEN_K)
+
+            code = tl.full([BLOCK_N, PIECE], EXPONENT if DIRECT else 0, tl.int16)
+            if i == 0:
+                words_8, words_4, words_2, words_1 = code, code, code, code
+            code, words_8, words_4, words_2, words_1 = or_planes(
+                code, words_8, words_4, words_2, words_1, row_ptr, step, i, STEPS, BITS, BLOCK_PIECES, BLOCK_TILES, PIECE,
+                mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED), PTX,
+            )  # fmt: skip
+            if codebook_ptr is not None:
+                code = tl.load(codebook_ptr + code).to(tl.int16)
+
+            if DIGITS == 2:
+                zero = tl.full([BLOCK_N, PIECE], EXPONENT, tl.int16)
+                high, low = or_field(zero, code, 4, 3, 4, PTX), or_field(zero, code, 0, 3, 4, PTX)
+                products = _multiply(high.to(HALF, bitcast=True), x, products)
+                low_products = _multiply(low.to(HALF, bitcast=True), x, low_products)
+            else:
+                products = _multiply(code.to(HALF, bitcast=True), x, products)
+            if sums_ptr is None:
+                x_sums = _multiply(ones, x, x_sums)
+
+            if (i + 1) % SPAN == 0:
+                group = tl.minimum((step * STEPS + i) // GROUP_PIECES, groups - 1)
+                scale, offset = _load_grid(scale_ptr, offset_ptr, group.to(tl.int64) * N + row, BIAS, MIDPOINT)
+                if DIGITS == 2:
+                    products = products * 16 + low_products
+                if sums_ptr is not None:
+                    span = (step * STEPS + i) // SPAN
+                    x_sums = tl.load(sums_ptr + span * M + m)[None, :]
+                if tl.float16 == HALF:
+                    scale *= 2.0 ** (24 - mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED))
+                acc += scale[:, None] * products
+                acc += offset[:, None] * x_sums
+    return acc
