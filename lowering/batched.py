@@ -24,13 +24,18 @@ from kbit_inductor.lowering.gpu import WORDS, dequantize_words
 
 PLANES = "Tensor planes, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
+    # activation_bits: 1 to 8, or 16 for x as it is (on the CPU, for a block floating point as exact as its dtype)
     # x [B, M, K]; index [B] of int32 or int64, or None where B is E -> [B, M, N]
     "batched_linear": f"(Tensor x, {PLANES}, Tensor? index, int group_size, Tensor? codebook=None) -> Tensor",
-    "batched_linear_triton": f"(Tensor x, {WORDS}, Tensor? index, int bits, int group_size, Tensor? codebook=None) -> Tensor",
+    "batched_linear_triton": (
+        f"(Tensor x, {WORDS}, Tensor? index, int bits, int group_size, Tensor? codebook=None, int activation_bits=16) -> Tensor"
+    ),
     "batched_linear_cpu": "(Tensor x, Tensor weight, Tensor? index, int rows, int activation_bits) -> Tensor",
     # x [T, K]; offsets [E] of int32 or int64: the row at which those of each matrix end -> [T, N], zeros past the last one
     "grouped_linear": f"(Tensor x, {PLANES}, Tensor offsets, int group_size, Tensor? codebook=None) -> Tensor",
-    "grouped_linear_triton": f"(Tensor x, {WORDS}, Tensor offsets, int bits, int group_size, Tensor? codebook=None) -> Tensor",
+    "grouped_linear_triton": (
+        f"(Tensor x, {WORDS}, Tensor offsets, int bits, int group_size, Tensor? codebook=None, int activation_bits=16) -> Tensor"
+    ),
     "grouped_linear_cpu": "(Tensor x, Tensor weight, Tensor offsets, int rows, int activation_bits) -> Tensor",
 }
 GRADIENT_SCHEMAS = {
@@ -41,6 +46,9 @@ GRADIENT_SCHEMAS = {
     ),
     "matrices_grad_input_cpu": "(Tensor grad, Tensor weight, Tensor matrix, SymInt columns) -> Tensor",
 }
+# By the suffix: how many operands a packed batch is, how many numbers of its format follow the index or the offsets, and whether
+# then comes a codebook.
+PACKED = {"": (4, 1, True), "_triton": (4, 2, True), "_cpu": (1, 0, False)}
 # Packed weights of one size, side by side in memory for packed weights. It is never in a graph.
 TOOLS = {"stack_cpu": "(Tensor[] weights) -> Tensor"}
 
@@ -155,20 +163,20 @@ def _derive(name: str, matrix_of: Callable[..., Tensor]) -> None:
     It is that of the product with the activations as they came: their rounding passes it straight through.
     """
     suffix = name.removeprefix("batched_linear").removeprefix("grouped_linear")
-    operands = 1 if suffix == "_cpu" else 4  # of a packed batch, but for the codebook, which comes last
+    operands, numbers, has_codebook = PACKED[suffix]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *packed = inputs[: operands + 1]
-        where, *ctx.numbers, codebook = inputs[operands + 1 :]
-        ctx.columns, ctx.inputs = x.shape[-1], len(inputs)
-        ctx.save_for_backward(*packed, where, None if suffix == "_cpu" else codebook)
+        ctx.columns, ctx.inputs = inputs[0].shape[-1], len(inputs)
+        *packed, where = inputs[1 : operands + 2]
+        ctx.numbers = inputs[operands + 2 :][:numbers]
+        ctx.save_for_backward(*packed, where, inputs[operands + 2 + numbers] if has_codebook else None)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *packed, where, codebook = ctx.saved_tensors
         matrix = matrix_of(grad, where, packed[0].shape[0])  # grad has as many rows as x
-        numbers = () if suffix == "_cpu" else (*ctx.numbers, codebook)
-        rows_grad = ops.overload("matrices_grad_input", suffix)(grad.flatten(0, -2), *packed, matrix, *numbers, ctx.columns)
-        return rows_grad.view(*grad.shape[:-1], ctx.columns), *(None,) * (ctx.inputs - 1)
+        told = (*ctx.numbers, codebook) if has_codebook else ctx.numbers
+        to_x = ops.overload("matrices_grad_input", suffix)(grad.flatten(0, -2), *packed, matrix, *told, ctx.columns)
+        return to_x.view(*grad.shape[:-1], ctx.columns), *(None,) * (ctx.inputs - 1)
 
     torch.library.register_autograd(f"kbit::{name}", backward, setup_context=save)
 

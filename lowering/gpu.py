@@ -3,7 +3,8 @@
 Operands are those of :mod:`kbit_inductor.lowering.ops` but for two: ``words`` (:mod:`kbit_inductor.kernels.words`) in place of
 ``planes``, and ``scale`` and ``offset`` with groups before rows, ``[G, N]``, so that the rows of a program lie side by side.
 
-Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else. The fused operator has none.
+Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else, past the rounding of activations as if there were
+none. The fused operator has none.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
-    "linear_triton": f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook=None) -> Tensor",
+    # activation_bits: 1 to 8, or 16 for x as it is.
+    "linear_triton": (
+        f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook=None, int activation_bits=16) -> Tensor"
+    ),
     # residual + activation(x @ W.T + bias) * factor
     "fused_linear_triton": (
         f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook, str activation, Tensor? factor, "
-        "Tensor? residual) -> Tensor"
+        "Tensor? residual, int activation_bits=16) -> Tensor"
     ),
     "embedding_triton": (
         f"(Tensor indices, {WORDS}, int embedding_dim, int bits, int group_size, ScalarType dtype, Tensor? codebook=None) -> Tensor"
@@ -43,7 +47,15 @@ def dequantize_words(
     return reference.dequantize(planes, scale.t(), rows_first, global_scale, columns, group_size, dtype, codebook)
 
 
-def _linear(*operands: Any) -> Tensor:
+def _linear(
+    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
+    group_size: int, codebook: Tensor | None = None, activation_bits: int = 16,
+) -> Tensor:  # fmt: skip
+    packed = (words, scale, offset, global_scale)
+    return _fused_linear(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
+
+
+def _fused_linear(*operands: Any) -> Tensor:
     from kbit_inductor.kernels.triton.linear import linear
 
     return linear(*operands)
@@ -71,7 +83,7 @@ def _grad_input_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, words, scale, offset, global_scale, bias, ctx.bits, ctx.group_size, codebook = inputs
+    x, words, scale, offset, global_scale, bias, ctx.bits, ctx.group_size, codebook, _ = inputs
     ctx.columns = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(words, scale, offset, global_scale, codebook)
@@ -84,7 +96,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = torch.ops.kbit.linear_grad_input_triton(grad, *packed, ctx.bits, ctx.group_size, codebook, ctx.columns)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return to_x, *(None,) * 4, to_bias, *(None,) * 3
+    return to_x, *(None,) * 4, to_bias, *(None,) * 4
 
 
 def _grad_input(
@@ -119,7 +131,7 @@ torch.library.register_fake("kbit::fused_linear_triton", _linear_fake)
 torch.library.register_fake("kbit::embedding_triton", _embedding_fake)
 torch.library.register_fake("kbit::linear_grad_input_triton", _grad_input_fake)
 torch.library.impl("kbit::linear_triton", "CUDA", _linear)
-torch.library.impl("kbit::fused_linear_triton", "CUDA", _linear)
+torch.library.impl("kbit::fused_linear_triton", "CUDA", _fused_linear)
 torch.library.impl("kbit::embedding_triton", "CUDA", _embedding)
 torch.library.impl("kbit::linear_grad_input_triton", "CompositeExplicitAutograd", _grad_input)
 torch.library.register_autograd("kbit::linear_triton", _linear_backward, setup_context=_save_operands)

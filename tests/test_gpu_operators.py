@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from kbit_inductor import LayerConfig, backend
+from kbit_inductor.kernels.reference import round_activations
 from kbit_inductor.lowering.gpu import dequantize_words
 from kbit_inductor.lowering.registry import KERNELS, Choice
 from kbit_inductor.packing import operand_specs, pack, plane_operands
 from kbit_inductor.passes import lower
 
+activation_bits_on = LayerConfig.activation_bits_on
 (TRITON,) = (kernel for kernel in KERNELS if kernel.name == "triton")
 
 
-def linear(x, words, scale, offset, global_scale, bias, bits, group_size, codebook=None):
+def linear(x, words, scale, offset, global_scale, bias, bits, group_size, codebook=None, activation_bits=16):
+    if activation_bits < 16:
+        x = round_activations(x.reshape(-1, x.shape[-1]), group_size, activation_bits).view(x.shape).to(x.dtype)
     weight = dequantize_words(words, scale, offset, global_scale, bits, x.shape[-1], group_size, codebook)
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
@@ -65,7 +69,23 @@ def test_gradients_pass_through(on_cpu):
     torch.testing.assert_close(again[0], torch.nn.functional.linear(x.detach(), packed.dequantize()))
 
 
-def batched(x, words, scale, offset, global_scale, index, bits, group_size, codebook=None):
+@pytest.mark.parametrize(("wanted", "given"), [("auto", 16), (16, 16), (8, 8), (3, 3)])
+def test_activations_are_rounded_when_asked(on_cpu, monkeypatch, wanted, given):
+    """On a GPU "auto" means not at all. The weight is made to look as if it were on one."""
+    monkeypatch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))
+    monkeypatch.setattr(LayerConfig, "activation_bits_on", lambda self, device: activation_bits_on(self, "cuda"))
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    layer, x = torch.nn.Linear(64, 40), torch.randn(3, 64)
+    options = {"bits": 3, "group_size": 32, "min_elements": 0, "activation_bits": wanted}
+    with torch.no_grad():
+        y = torch.compile(torch.nn.Sequential(layer), backend="kbit", options=options)(x)
+        packed = pack(layer.weight, LayerConfig(bits=3, group_size=32), layout="words")
+        *operands, codebook = plane_operands(packed.operands, packed.config)
+        expected = torch.ops.kbit.linear_triton(x, *operands, layer.bias, 3, 32, codebook, given)
+    assert torch.equal(y, expected)
+
+
+def batched(x, words, scale, offset, global_scale, index, bits, group_size, codebook=None, activation_bits=16):
     zeros = [None] * len(words) if offset is None else offset
     levels = [None] * len(words) if codebook is None else codebook
     operands = zip(words, scale, zeros, global_scale, levels, strict=True)

@@ -44,6 +44,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels a
 # Half the distance from 1 to the next number; the whole for bfloat16, to which Triton's interpreter truncates.
 UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-7, torch.float32: 2**-24}
 DTYPES = st.sampled_from(list(UNIT))
+ACTIVATION_BITS = st.sampled_from([16, 16, 1, 4, 8])
 
 
 # ---- strategies
@@ -111,11 +112,15 @@ def dot_of_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
-def linear_bound(x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_size: int, exact: Tensor, bias: Tensor | None):
+def linear_bound(
+    x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_size: int, exact: Tensor, bias: Tensor | None, rounded=False
+) -> Tensor:  # fmt: skip
     """The bound in the docstring of ``linear`` before the activation; all but ``x`` is float64."""
     unit, single = UNIT[x.dtype], UNIT[torch.float32]
     scale, offset, global_scale = (None if each is None else each.double() for each in grid)
     lift = 0 if x.dtype == torch.float16 else 272 if level_bits == 8 else 2**level_bits
+    if rounded:
+        lift = 256 if level_bits == 8 else 0
     group = torch.arange(x.size(-1)) // group_size
     middle = scale * midpoint(level_bits) if offset is None else offset
     magnitude = (scale.abs()[:, group] * (codes + lift) + middle.abs()[:, group]) * global_scale
@@ -128,6 +133,22 @@ def linear_bound(x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_s
     if bias is not None:
         error += single * bias.abs()
     return unit * exact.abs() + (1 + unit) * error
+
+
+def assert_is_product(actual, x, grid, codes, levels, bits, group_size, bias=None, activation_bits=16):
+    """``actual`` is ``x @ W.T + bias`` of the packed weight, within the bound."""
+    wide = x.double()
+    if activation_bits < 16:
+        wide = reference.round_activations(x.reshape(-1, x.size(-1)), group_size, activation_bits).view(x.shape)
+    exact = reference.linear(wide, pack_codes(codes, bits), *grid, bias, group_size, levels)
+    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
+    bias = None if bias is None else bias.double()
+    # The step of 1 bit, a mean, is a sum of up to K terms itself, in the kernel and in its definition.
+    magnitude = (3 * wide if activation_bits == 1 else wide).to(x.dtype)
+    bound = linear_bound(magnitude, grid, found.double(), level_bits, group_size, exact, bias, activation_bits < 16)
+    assert actual.dtype == x.dtype and actual.shape == exact.shape
+    error = (actual.double() - exact).abs()
+    assert (error <= bound).all(), f"worst error is {(error / bound).nan_to_num(torch.inf).max():.3g} times the bound"
 
 
 CONFIGS = st.sampled_from(["default", "decode", "split", "flat", "wide"])
@@ -153,8 +174,11 @@ def config_named(name: str, layout: WordLayout) -> Config | None:
     bias=st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     strides=st.sampled_from(["contiguous", "transposed", "stepped", "expanded", "batched"]),
     config=CONFIGS,
+    activation_bits=ACTIVATION_BITS,
 )
-def check_linear(bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config):
+def check_linear(
+    bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config, activation_bits
+):  # fmt: skip
     torch.manual_seed(seed)
     grid, codes, levels = packed_weight(n, columns, bits, group_size, symmetric, exponent, codebook)
     x = with_strides(torch.randn(m, columns).to(dtype), strides)
@@ -162,15 +186,8 @@ def check_linear(bits, columns, group_size, symmetric, exponent, seed, m, n, dty
 
     chosen = config_named(config, WordLayout.of(bits, columns, group_size))
     words = as_words(grid, codes, bits, group_size)
-    actual = triton_linear.linear(x, *words, bias, bits, group_size, levels, config=chosen)
-
-    exact = reference.linear(x.double(), pack_codes(codes, bits), *grid, bias, group_size, levels)
-    bias = None if bias is None else bias.double()
-    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
-    bound = linear_bound(x, grid, found.double(), level_bits, group_size, exact, bias)
-    assert actual.dtype == dtype and actual.shape == exact.shape
-    error = (actual.double() - exact).abs()
-    assert (error <= bound).all(), f"worst error is {(error / bound).nan_to_num(torch.inf).max():.3g} times the bound"
+    actual = triton_linear.linear(x, *words, bias, bits, group_size, levels, activation_bits=activation_bits, config=chosen)
+    assert_is_product(actual, x, grid, codes, levels, bits, group_size, bias, activation_bits)
 
 
 @settings(max_examples=25, deadline=None, print_blob=True)
@@ -217,15 +234,6 @@ def check_split_sums_do_not_depend_on_the_order_of_programs():
     assert torch.equal(split, ((parts[0] + parts[1]) + parts[2]) + parts[3])
 
 
-def assert_is_product(actual: Tensor, x: Tensor, grid: tuple, codes: Tensor, levels: Tensor | None, bits: int, group_size: int):
-    """``actual`` is ``x @ W.T`` of the packed weight, within the bound."""
-    exact = reference.linear(x.double(), pack_codes(codes, bits), *grid, None, group_size, levels)
-    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
-    bound = linear_bound(x, grid, found.double(), level_bits, group_size, exact, None)
-    assert actual.dtype == x.dtype and actual.shape == exact.shape
-    assert ((actual.double() - exact).abs() <= bound).all()
-
-
 def packed_batch(count: int, n: int, columns: int, bits: int, group_size: int, symmetric: bool, exponent: int, codebook: bool):
     """Matrices of :func:`packed_weight`, and the operands of the kernels of all of them: words, their grids, codebooks."""
     matrices = [packed_weight(n, columns, bits, group_size, symmetric, exponent - 4 - i, codebook) for i in range(count)]
@@ -241,11 +249,14 @@ EXPERTS = PACKED | {
     "config": st.sampled_from(["default", "flat"]),
 }
 EXPERTS |= {"columns": st.integers(1, 70), "where_dtype": st.sampled_from([torch.int32, torch.int64])}
+EXPERTS |= {"activation_bits": ACTIVATION_BITS}
 
 
-@settings(max_examples=7, deadline=None, print_blob=True)
+@settings(max_examples=5, deadline=None, print_blob=True)
 @given(**EXPERTS, counts=st.lists(st.integers(0, 12), min_size=1, max_size=3), rest=st.integers(0, 9))
-def check_grouped(bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, counts, rest):
+def check_grouped(
+    bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, activation_bits, counts, rest
+):  # fmt: skip
     torch.manual_seed(seed)
     matrices, words, levels = packed_batch(len(counts), n, columns, bits, group_size, symmetric, exponent, codebook)
     x, offsets = (
@@ -253,25 +264,28 @@ def check_grouped(bits, columns, group_size, symmetric, exponent, seed, n, dtype
         fenced(torch.tensor(counts).cumsum(0, dtype=where_dtype)),
     )
     chosen = config_named(config, WordLayout.of(bits, columns, group_size))
-    *groups, zeros = triton_grouped.grouped_linear(x, *words, offsets, bits, group_size, levels, chosen).split([*counts, rest])
+    product = triton_grouped.grouped_linear(x, *words, offsets, bits, group_size, levels, activation_bits, chosen)
+    *groups, zeros = product.split([*counts, rest])
     for actual, rows, matrix in zip(groups, x.split([*counts, rest]), matrices, strict=False):
-        assert_is_product(actual, rows, *matrix, bits, group_size)
+        assert_is_product(actual, rows, *matrix, bits, group_size, None, activation_bits)
     assert torch.equal(zeros, torch.zeros(rest, n, dtype=dtype))
 
 
-@settings(max_examples=7, deadline=None, print_blob=True)
+@settings(max_examples=5, deadline=None, print_blob=True)
 @given(**EXPERTS, m=st.integers(1, 20), index=st.one_of(st.none(), st.lists(st.integers(-5, 4), max_size=6)))
-def check_batched(bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, m, index):
+def check_batched(
+    bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, activation_bits, m, index
+):  # fmt: skip
     """With an index of fewer entries than matrices, of more, or none. Of 3 matrices, -5 to -4, 3 and 4 are none."""
     torch.manual_seed(seed)
     matrices, words, levels = packed_batch(3, n, columns, bits, group_size, symmetric, exponent, codebook)
     chosen = config_named(config, WordLayout.of(bits, columns, group_size))
     x = fenced(torch.randn(3 if index is None else len(index), m, columns).to(dtype))
     where = None if index is None else fenced(torch.tensor(index, dtype=where_dtype))
-    actual = triton_grouped.batched_linear(x, *words, where, bits, group_size, levels, chosen)
+    actual = triton_grouped.batched_linear(x, *words, where, bits, group_size, levels, activation_bits, chosen)
     for result, rows, i in zip(actual, x, range(3) if index is None else index, strict=True):
         if -3 <= i < 3:
-            assert_is_product(result, rows, *matrices[i], bits, group_size)
+            assert_is_product(result, rows, *matrices[i], bits, group_size, None, activation_bits)
         else:
             assert result.isnan().all()
 

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from kbit_inductor.kernels.layout import group_count
-from kbit_inductor.kernels.triton import aot, linear
+from kbit_inductor.kernels.triton import aot, launch, linear, quantize
 from kbit_inductor.kernels.triton.config import Device, default_config
 from kbit_inductor.kernels.words import WordLayout
 
@@ -41,20 +41,23 @@ def compile_product(
     group_size: int = GROUP_SIZE,
     symmetric: bool = False,
     codebook: bool = False,
+    rounded: bool = False,
 ) -> tuple[aot.CompiledKernel, float]:
     """The kernel that a product of ``rows`` rows launches by default, and the weights of a thread in one pass of its main loop."""
     layout = WordLayout.of(bits, k, group_size)
-    config = default_config(rows, n, layout, dtype, DEVICES[target])
+    config = default_config(rows, n, layout, torch.int8 if rounded else dtype, DEVICES[target])
     with torch.device("meta"):
         words = torch.empty(n, layout.row_words, dtype=torch.int16)
         scale = torch.empty(group_count(k, group_size), n, dtype=torch.float16)
         levels = torch.empty(2**bits, dtype=torch.uint8) if codebook else None
-        x, out = torch.empty(rows, k, dtype=dtype), torch.empty(rows, n, dtype=dtype)
-        bias = None if symmetric else torch.empty(n, dtype=dtype)
-        grid = (scale, None if symmetric else scale, torch.empty(1))
-        arguments = linear.launch_arguments(
-            x, words, *grid, bias, bits, group_size, levels, "", None, None, out, config, ptx=not target.startswith("gfx")
-        )
+        out, bias = torch.empty(rows, n, dtype=dtype), None if symmetric else torch.empty(n, dtype=dtype)
+        packed = (words, scale, None if symmetric else scale, torch.empty(1), levels)
+        if rounded:
+            x = quantize.empty_activations(rows, layout, launch.span_pieces(layout, config), torch.device("meta"))
+        else:
+            x = launch.activations(torch.empty(rows, k, dtype=dtype), layout, config, launch.NOT_ROUNDED)
+        ptx = not target.startswith("gfx")
+        arguments = linear.launch_arguments(x, layout, *packed, bias, "", None, None, out, config, ptx)
     kernel = aot.compile_ahead(linear.linear_kernel, arguments, target)
     threads = config.num_warps * aot.TARGETS[target].warp_size
     return kernel, config.block_n * config.steps * layout.piece / threads

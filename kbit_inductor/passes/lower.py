@@ -51,13 +51,17 @@ def _choose(context: Context, use: Use) -> Choice:
             bits=layer.bits,
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
-            activation_bits=layer.activation_bits_on_cpu(),
+            activation_bits=_activation_bits(use),
         ),
         kernels(),
     )
-    if choice.kernel.layout not in TILED_LAYOUTS and layer.activation_bits not in ("auto", 16):
+    if choice.kernel.layout == "planes" and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
+
+
+def _activation_bits(use: Use) -> int:
+    return _config(use).activation_bits_on(use.weight.value.device.type)
 
 
 def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
@@ -98,20 +102,20 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], bias, use.rows, layer.activation_bits_on_cpu()
+        return x, operands[0], bias, use.rows, _activation_bits(use)
     *packed, codebook = plane_operands(operands, layer)
     if choice.kernel.layout == "words":
-        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook
+        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook, _activation_bits(use)
     return x, *packed, bias, layer.group_columns(use.columns), codebook
 
 
 def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], where, use.rows, layer.activation_bits_on_cpu()
+        return x, operands[0], where, use.rows, _activation_bits(use)
     *packed, codebook = plane_operands(operands, layer)
     if choice.kernel.layout == "words":
-        return x, *packed, where, layer.bits, layer.group_columns(use.columns), codebook
+        return x, *packed, where, layer.bits, layer.group_columns(use.columns), codebook, _activation_bits(use)
     return x, *packed, where, layer.group_columns(use.columns), codebook
 
 

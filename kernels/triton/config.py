@@ -23,7 +23,7 @@ class Config:
         block_m: rows of x.
         block_n: rows of the weight.
         steps: pieces of a step: as many as a block has, so that every word is loaded once, or 2.
-        sums: whether the sums of x are computed beforehand. Else the tensor cores compute them with the product.
+        sums: whether the sums of x are computed beforehand, as those of a rounded x are. Else tensor cores compute them too.
         split_k: programs that share a tile, each a part of the columns.
         num_warps: of a program.
         num_stages: loads of how many steps are under way.
@@ -54,7 +54,10 @@ class Device:
 
 
 def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
-    """The config for ``m`` rows of x and ``n`` of the weight. By the kernel's instructions and resources, not by measurement."""
+    """The config for ``m`` rows of x of ``dtype``, int8 if they are rounded, and ``n`` of the weight.
+
+    By the kernel's instructions and resources, not by measurement.
+    """
     if dtype == torch.float32:  # three products for each: unrolled, they would not fit in the registers
         return Config(16, 32, 2, num_warps=2) if m <= DECODE_ROWS else Config(32, 64, 2, sums=True)
     if m <= DECODE_ROWS:

@@ -8,6 +8,7 @@ are launched; those that find no tile do nothing. (After the grouped product of 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import triton
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from kbit_inductor.kernels.triton.config import Config, default_config
 from kbit_inductor.kernels.triton.epilogue import store_result
-from kbit_inductor.kernels.triton.launch import check_dtype, device_of, flat_rows, takes_ptx, tile_arguments
+from kbit_inductor.kernels.triton.launch import NOT_ROUNDED, activations, check_activations, device_of, takes_ptx, tile_arguments
+from kbit_inductor.kernels.triton.quantize import Activations
 from kbit_inductor.kernels.triton.tile import tile_sums
 from kbit_inductor.kernels.words import WordLayout
 
@@ -49,7 +51,7 @@ def _tile_of_entry(index_ptr, tile, entry_rows, count, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "tiles", "entry_rows"])
 def grouped_kernel(
-    x_ptr, words_ptr, scale_ptr, offset_ptr, global_scale_ptr, codebook_ptr, where_ptr, sums_ptr, out_ptr,
+    x_ptr, words_ptr, scale_ptr, offset_ptr, global_scale_ptr, codebook_ptr, where_ptr, step_ptr, sums_ptr, out_ptr,
     M, N, K, x_row_stride, row_words, groups, steps, count, tiles, entry_rows,
     BITS: tl.constexpr, MIDPOINT: tl.constexpr, GROUP_SIZE: tl.constexpr, PIECE: tl.constexpr, GROUP_PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr, BLOCK_TILES: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -73,7 +75,7 @@ def grouped_kernel(
     grid = which * groups * N
     acc = tile_sums(
         x_ptr, words_ptr + which * N * row_words, scale_ptr + grid, None if offset_ptr is None else offset_ptr + grid,
-        None if codebook_ptr is None else codebook_ptr + which * 2**BITS, sums_ptr,
+        None if codebook_ptr is None else codebook_ptr + which * 2**BITS, step_ptr, sums_ptr,
         m if EVEN_M else tl.maximum(tl.minimum(m, end - 1), 0), n if EVEN_N else tl.minimum(n, N - 1),
         0, tl.where(known, steps, 0), M, N, K, x_row_stride, row_words, groups,
         BITS, MIDPOINT, GROUP_SIZE, PIECE, GROUP_PIECES, BLOCK_PIECES, BLOCK_TILES, STEPS, SPAN, BLOCK_N, BLOCK_M, EVEN_K, PTX,
@@ -83,19 +85,19 @@ def grouped_kernel(
 
 
 def launch_arguments(
-    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, where: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None, entry_rows: int | None, fill: float, out: Tensor, config: Config, ptx: bool,
+    x: Activations, layout: WordLayout, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor,
+    codebook: Tensor | None, where: Tensor | None, entry_rows: int | None, fill: float, out: Tensor, config: Config, ptx: bool,
 ) -> dict[str, object]:  # fmt: skip
-    """Arguments of :func:`grouped_kernel`, by name. ``x`` is ``[M, K]`` with columns side by side, ``out`` ``[M, N]``.
+    """Arguments of :func:`grouped_kernel`, by name; ``out`` is ``[M, N]``.
 
     ``entry_rows`` are the rows of each entry of a batch; None where ``where`` says at which row those of each matrix end.
     """
-    m, count = x.size(0), words.size(0)
+    m, count = out.size(0), words.size(0)
     if entry_rows is None:
         tiles, block_e = m // config.block_m + min(count + 1, m), triton.next_power_of_2(count + 1)
     else:
         tiles, block_e = m // entry_rows * triton.cdiv(entry_rows, config.block_m), 0
-    return tile_arguments(x, words, scale, offset, global_scale, bits, group_size, codebook, config, ptx) | {
+    return tile_arguments(x, layout, words, scale, offset, global_scale, codebook, config, ptx) | {
         "where_ptr": where,
         "out_ptr": out,
         "count": count,
@@ -109,22 +111,22 @@ def launch_arguments(
 
 def _launch(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, where: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None, entry_rows: int | None, fill: float, config: Config | None,
+    group_size: int, codebook: Tensor | None, activation_bits: int, entry_rows: int | None, fill: float, config: Config | None,
 ) -> Tensor:  # fmt: skip
     count, n, _ = words.shape
-    flat = flat_rows(x)
-    (m, k), out = flat.shape, torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    m, k = math.prod(x.shape[:-1]), x.size(-1)
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    rows = triton.cdiv(m, count) if entry_rows is None else entry_rows
-    # Columns are not split: there are programs enough without.
-    config = config or dataclasses.replace(
-        default_config(rows, n, WordLayout.of(bits, k, group_size), x.dtype, device_of(x)), split_k=1
-    )
-    packed = (words, scale, offset, global_scale)
+    layout = WordLayout.of(bits, k, group_size)
+    if config is None:
+        rows, dtype = entry_rows or triton.cdiv(m, count), x.dtype if activation_bits == NOT_ROUNDED else torch.int8
+        # Columns are not split: there are programs enough without.
+        config = dataclasses.replace(default_config(rows, n, layout, dtype, device_of(x)), split_k=1)
     arguments = launch_arguments(
-        flat, *packed, where, bits, group_size, codebook, entry_rows, fill, out.view(m, n), config, takes_ptx(x)
-    )
+        activations(x, layout, config, activation_bits), layout, words, scale, offset, global_scale, codebook, where, entry_rows,
+        fill, out.view(m, n), config, takes_ptx(x),
+    )  # fmt: skip
     grid = (arguments["tiles"] * triton.cdiv(n, config.block_n),)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever device the tensors are on
         grouped_kernel[grid](**arguments)
@@ -133,7 +135,7 @@ def _launch(
 
 def grouped_linear(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, offsets: Tensor, bits: int,
-    group_size: int, codebook: Tensor | None = None, config: Config | None = None,
+    group_size: int, codebook: Tensor | None = None, activation_bits: int = NOT_ROUNDED, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """``x[t] @ W[e].T`` for rows ``offsets[e - 1] <= t < offsets[e]`` of ``x`` ``[T, K]``; zeros past the last of ``offsets``.
 
@@ -142,20 +144,23 @@ def grouped_linear(
         words, scale, offset, global_scale, codebook: operands of :func:`~kbit_inductor.kernels.triton.linear.linear`, stacked.
         offsets: int32 or int64 ``[E]``, ascending, none above T.
         bits, group_size: of all matrices.
+        activation_bits: what ``x`` is rounded to, 1 to 8, or 16 for not at all.
         config: how it is cut, without a split.
 
     The error is that of ``linear``.
 
     Raises:
         TypeError: ``x`` is of another dtype.
+        ValueError: other ``activation_bits``.
     """
-    check_dtype(x, "grouped_linear")
-    return _launch(x, words, scale, offset, global_scale, offsets.contiguous(), bits, group_size, codebook, None, 0.0, config)
+    check_activations(x, activation_bits, "grouped_linear")
+    packed = (words, scale, offset, global_scale)
+    return _launch(x, *packed, offsets.contiguous(), bits, group_size, codebook, activation_bits, None, 0.0, config)
 
 
 def batched_linear(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, index: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None = None, config: Config | None = None,
+    group_size: int, codebook: Tensor | None = None, activation_bits: int = NOT_ROUNDED, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """``x[b] @ W[index[b]].T`` for ``x`` ``[B, M, K]``; of ``W[b]`` without an index.
 
@@ -167,18 +172,20 @@ def batched_linear(
 
     Raises:
         TypeError: ``x`` is of another dtype.
-        ValueError: no index, and ``x`` has not as many entries as the weight has matrices.
+        ValueError: other ``activation_bits``; or no index, and ``x`` has not as many entries as the weight has matrices.
     """
-    check_dtype(x, "batched_linear")
+    check_activations(x, activation_bits, "batched_linear")
     (entries, rows, _), count = x.shape, words.size(0)
     if index is None and entries != count:
         raise ValueError(f"x has a batch of {entries}, the packed weight one of {count}")
     packed = (words, scale, offset, global_scale)
     if index is None or entries <= count:
         index = None if index is None else index.contiguous()
-        return _launch(x, *packed, index, bits, group_size, codebook, rows, float("nan"), config)
+        return _launch(x, *packed, index, bits, group_size, codebook, activation_bits, rows, float("nan"), config)
     matrix = torch.where(index < 0, index + count, index)
     matrix, order = torch.where(matrix < 0, count, matrix).sort()  # what is outside comes last
     ends = torch.searchsorted(matrix, torch.arange(count, device=x.device), right=True) * rows
-    product = _launch(x[order].flatten(0, 1), *packed, ends, bits, group_size, codebook, None, float("nan"), config)
-    return torch.empty_like(product.view(entries, rows, -1)).index_copy_(0, order, product.view(entries, rows, -1))
+    sorted_rows = x[order].flatten(0, 1)
+    product = _launch(sorted_rows, *packed, ends, bits, group_size, codebook, activation_bits, None, float("nan"), config)
+    product = product.view(entries, rows, -1)
+    return torch.empty_like(product).index_copy_(0, order, product)

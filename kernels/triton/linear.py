@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kbit_inductor.kernels.triton.config import Config, default_config
 from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS, store_result
-from kbit_inductor.kernels.triton.launch import check_dtype, device_of, flat_rows, takes_ptx, tile_arguments
+from kbit_inductor.kernels.triton.launch import NOT_ROUNDED, activations, check_activations, device_of, takes_ptx, tile_arguments
+from kbit_inductor.kernels.triton.quantize import Activations
 from kbit_inductor.kernels.triton.tile import tile_sums
 from kbit_inductor.kernels.words import WordLayout
 
@@ -19,7 +20,7 @@ from kbit_inductor.kernels.words import WordLayout
 @triton.jit(do_not_specialize=["M"])  # one compiled kernel for every number of rows of a range
 def linear_kernel(
     x_ptr, words_ptr, scale_ptr, offset_ptr, global_scale_ptr, codebook_ptr,
-    bias_ptr, factor_ptr, residual_ptr, sums_ptr, partial_ptr, arrivals_ptr, out_ptr,
+    bias_ptr, factor_ptr, residual_ptr, step_ptr, sums_ptr, partial_ptr, arrivals_ptr, out_ptr,
     M, N, K, x_row_stride, row_words, groups, steps,
     BITS: tl.constexpr, MIDPOINT: tl.constexpr, GROUP_SIZE: tl.constexpr, PIECE: tl.constexpr, GROUP_PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr, BLOCK_TILES: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -38,7 +39,7 @@ def linear_kernel(
     n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n if EVEN_N else tl.minimum(n, N - 1)
     acc = tile_sums(
-        x_ptr, words_ptr, scale_ptr, offset_ptr, codebook_ptr, sums_ptr, m if EVEN_M else tl.minimum(m, M - 1), row,
+        x_ptr, words_ptr, scale_ptr, offset_ptr, codebook_ptr, step_ptr, sums_ptr, m if EVEN_M else tl.minimum(m, M - 1), row,
         share * steps // SPLIT_K, (share + 1) * steps // SPLIT_K, M, N, K, x_row_stride, row_words, groups,
         BITS, MIDPOINT, GROUP_SIZE, PIECE, GROUP_PIECES, BLOCK_PIECES, BLOCK_TILES, STEPS, SPAN, BLOCK_N, BLOCK_M, EVEN_K, PTX,
     )  # fmt: skip
@@ -58,37 +59,24 @@ def linear_kernel(
 
 
 def launch_arguments(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    global_scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    codebook: Tensor | None,
-    activation: str,
-    factor: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    config: Config,
-    ptx: bool,
-) -> dict[str, object]:
+    x: Activations, layout: WordLayout, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor,
+    codebook: Tensor | None, bias: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None, out: Tensor,
+    config: Config, ptx: bool,
+) -> dict[str, object]:  # fmt: skip
     """Arguments of :func:`linear_kernel`, by name, for a launch and for a compile ahead of time alike.
 
-    ``x`` is ``[M, K]`` with columns side by side, ``out`` ``[M, N]``. No packed operand is read, so meta tensors do.
+    ``out`` is ``[M, N]``. No operand is read, so meta tensors do.
     """
     m, n = out.shape
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     split = config.split_k > 1
-    partial = x.new_empty(tiles * config.split_k * config.block_n * config.block_m, dtype=torch.float32) if split else None
-    packed = (words, scale, offset, global_scale, bits, group_size, codebook)
-    return tile_arguments(x, *packed, config, ptx) | {
+    partial = out.new_empty(tiles * config.split_k * config.block_n * config.block_m, dtype=torch.float32) if split else None
+    return tile_arguments(x, layout, words, scale, offset, global_scale, codebook, config, ptx) | {
         "bias_ptr": bias,
         "factor_ptr": factor,
         "residual_ptr": residual,
         "partial_ptr": partial,
-        "arrivals_ptr": x.new_zeros(tiles, dtype=torch.int32) if split else None,
+        "arrivals_ptr": out.new_zeros(tiles, dtype=torch.int32) if split else None,
         "out_ptr": out,
         "ACTIVATION": activation,
         "SPLIT_K": config.split_k,
@@ -109,6 +97,7 @@ def linear(
     activation: str = "",
     factor: Tensor | None = None,
     residual: Tensor | None = None,
+    activation_bits: int = NOT_ROUNDED,
     config: Config | None = None,
 ) -> Tensor:
     """``residual + activation(x @ W.T + bias) * factor`` for ``x`` ``[..., K]`` of any strides, rounded once to its dtype.
@@ -120,6 +109,7 @@ def linear(
         bias: ``[N]`` of any floating dtype, or None.
         activation: one of :data:`~kbit_inductor.kernels.triton.epilogue.ACTIVATIONS`; the empty one does nothing.
         factor, residual: ``[..., N]`` of any floating dtype, or None.
+        activation_bits: what ``x`` is rounded to (:mod:`kbit_inductor.kernels.triton.quantize`): 1 to 8, or 16 for not at all.
         config: how it is cut; by default that of :func:`default_config`.
 
     Sums are float32, in an order that does not change from call to call. With ``u(t)`` the unit roundoff of dtype ``t`` (half the
@@ -128,25 +118,27 @@ def linear(
         |error| <= u(x.dtype) |y| + (K + 8) u(float32) a + u(float32) |bias|        to first order
         a = sum_k |x[k]| (|scale| (level + b) + |offset|) |global_scale|
 
-    before activation, factor and residual. ``b`` is 0 for float16, else ``2 ** bits``, or 272 for levels of 8 bits. Tensor
-    cores truncate where they add, which doubles ``u(float32)``. An infinite ``x`` gives a NaN.
+    before activation, factor and residual, of ``x`` as it is rounded. ``b`` is 0 for float16, else ``2 ** bits``, or 272 for levels
+    of 8 bits; of a rounded ``x`` it is 0, or 256. Tensor cores truncate where they add, which doubles ``u(float32)``. An infinite
+    ``x`` gives a NaN.
 
     Raises:
         TypeError: ``x`` is of another dtype.
-        ValueError: an unknown activation.
+        ValueError: an unknown activation, or other ``activation_bits``.
     """
-    check_dtype(x, "linear")
+    check_activations(x, activation_bits, "linear")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; there are {', '.join(map(repr, ACTIVATIONS))}")
     n, k, m = words.size(0), x.size(-1), math.prod(x.shape[:-1])
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = config or default_config(m, n, WordLayout.of(bits, k, group_size), x.dtype, device_of(x))
+    layout = WordLayout.of(bits, k, group_size)
+    config = config or default_config(m, n, layout, x.dtype if activation_bits == NOT_ROUNDED else torch.int8, device_of(x))
     factor, residual = (None if each is None else each.reshape(m, n).contiguous() for each in (factor, residual))
     arguments = launch_arguments(
-        flat_rows(x), words, scale, offset, global_scale, bias, bits, group_size, codebook, activation, factor, residual,
-        out.view(m, n), config, takes_ptx(x),
+        activations(x, layout, config, activation_bits), layout, words, scale, offset, global_scale, codebook, bias, activation,
+        factor, residual, out.view(m, n), config, takes_ptx(x),
     )  # fmt: skip
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), config.split_k)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever device the tensors are on

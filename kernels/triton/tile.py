@@ -6,7 +6,8 @@ done to float32 sums over a group::
 
     sum (s c + o) x  =  s sum c x + o sum x
 
-so the weight itself is never rounded. A float32 ``x`` is the sum of three bfloat16.
+so the weight itself is never rounded. A float32 ``x`` is the sum of three bfloat16. An int8 ``x``
+(:mod:`kbit_inductor.kernels.triton.quantize`) is multiplied by codes as integers, exactly.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from kbit_inductor.kernels.triton.unpack import mantissa_bit, or_field, or_plane
 
 @triton.jit
 def _multiply(left, x, acc):
-    """``acc + left @ x``; a float32 ``x`` is cut into three bfloat16, which hold all of its 24 bits."""
-    if x.dtype == tl.float32:
+    """``acc + left @ x``; a float32 ``x`` is cut into three bfloat16, which hold all of its 24 bits.
+
+    Of int8, tensor cores take 32 columns or more; fewer are as exact as float16, whose products a float32 ``acc`` sums.
+    """
+    if x.dtype == tl.int8:
+        if acc.dtype == tl.int32:
+            return tl.dot(left, x, acc, out_dtype=tl.int32)
+        else:
+            return tl.dot(left.to(tl.float16), x.to(tl.float16), acc)
+    elif x.dtype == tl.float32:
         head = x.to(tl.bfloat16)
         rest = x - head.to(tl.float32)
         middle = rest.to(tl.bfloat16)
@@ -50,6 +59,16 @@ def _load_x(
         return tl.load(rows + k, mask=valid, other=0.0, eviction_policy="evict_last")
 
 
+@triton.constexpr_function
+def digit_bias(level_bits, rounded, half):
+    """How much more than its level a digit is worth that :func:`tile_sums` multiplies."""
+    if rounded:
+        return -128.0 if level_bits == 8 else 0.0
+    if half == tl.float16:
+        return 0.0
+    return 17 * 2.0**4 if level_bits == 8 else 2.0**level_bits
+
+
 @triton.jit
 def _load_grid(scale_ptr, offset_ptr, where, BIAS: tl.constexpr, MIDPOINT: tl.constexpr):
     """Scale and offset at ``where``, float32, of digits that are ``BIAS`` more than a level."""
@@ -64,33 +83,37 @@ def _load_grid(scale_ptr, offset_ptr, where, BIAS: tl.constexpr, MIDPOINT: tl.co
 
 @triton.jit
 def tile_sums(
-    x_ptr, words_ptr, scale_ptr, offset_ptr, codebook_ptr, sums_ptr, m, row, first, last, M, N, K, x_row_stride, row_words, groups,
+    x_ptr, words_ptr, scale_ptr, offset_ptr, codebook_ptr, step_ptr, sums_ptr, m, row, first, last, M, N, K, x_row_stride,
+    row_words, groups,
     BITS: tl.constexpr, MIDPOINT: tl.constexpr, GROUP_SIZE: tl.constexpr, PIECE: tl.constexpr, GROUP_PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr, BLOCK_TILES: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``W[row] @ x[m].T`` over steps ``first .. last - 1``, float32 ``[BLOCK_N, BLOCK_M]``, without the global scale.
 
-    A step is ``STEPS`` pieces; ``SPAN`` of them, 1 or 2, always share a group. ``row`` is below ``N`` and ``m`` below ``M``.
+    An int8 ``x`` has a step and a sum for each span, ``[spans, M]``. A step of the
+    loop is ``STEPS`` pieces; ``SPAN`` of them, 1 or 2, always share a group. ``row`` is below ``N`` and ``m`` below ``M``.
     """
     row_ptr = words_ptr + row.to(tl.int64)[:, None] * row_words + tl.arange(0, PIECE)[None, :]
+    ROUNDED: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     HALF: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     LEVEL_BITS: tl.constexpr = BITS if codebook_ptr is None else 8
-    DIGITS: tl.constexpr = 2 if tl.bfloat16 == HALF and LEVEL_BITS == 8 else 1
+    DIGITS: tl.constexpr = 2 if not ROUNDED and tl.bfloat16 == HALF and LEVEL_BITS == 8 else 1
     # A digit d of b bits as a bfloat16 is 2 ** b + d, its bits the first of the mantissa. As a float16 it is a subnormal, and may
-    # begin at any bit of the mantissa, as long as it ends in it.
+    # begin at any bit of the mantissa, as long as it ends in it. As an int8 it is itself, less 128 if it has 8 bits.
     DIGIT_BITS: tl.constexpr = 4 if DIGITS == 2 else LEVEL_BITS
-    EXPONENT: tl.constexpr = 0 if tl.float16 == HALF else (127 + DIGIT_BITS) * 128
-    BIAS: tl.constexpr = 0.0 if tl.float16 == HALF else 2.0**DIGIT_BITS * (17 if DIGITS == 2 else 1)
-    DIRECT: tl.constexpr = DIGITS == 1 and codebook_ptr is None  # a code is the digit, not a step on the way to it
+    EXPONENT: tl.constexpr = 0 if ROUNDED or tl.float16 == HALF else (127 + DIGIT_BITS) * 128
+    BIAS: tl.constexpr = digit_bias(LEVEL_BITS, ROUNDED, HALF)
+    DIRECT: tl.constexpr = DIGITS == 1 and codebook_ptr is None and not ROUNDED  # a code is the digit, not a step on the way to it
     UNROLLED: tl.constexpr = STEPS == BLOCK_PIECES
+    SUM: tl.constexpr = tl.int32 if ROUNDED and PIECE >= 32 else tl.float32
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_N, PIECE], 1.0, HALF)
     for step in range(first, last):
         for i in tl.static_range(STEPS):
             if i % SPAN == 0:
-                products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                products = tl.zeros([BLOCK_N, BLOCK_M], SUM)
                 low_products = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                 x_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             x = _load_x(x_ptr, m, K, x_row_stride, step * STEPS + i, PIECE, GROUP_SIZE, GROUP_PIECES, EVEN_K)
@@ -105,7 +128,9 @@ def tile_sums(
             if codebook_ptr is not None:
                 code = tl.load(codebook_ptr + code).to(tl.int16)
 
-            if DIGITS == 2:
+            if ROUNDED:
+                products = _multiply((code ^ 128 if LEVEL_BITS == 8 else code).to(tl.int8), x, products)
+            elif DIGITS == 2:
                 zero = tl.full([BLOCK_N, PIECE], EXPONENT, tl.int16)
                 high, low = or_field(zero, code, 4, 3, 4, PTX), or_field(zero, code, 0, 3, 4, PTX)
                 products = _multiply(high.to(HALF, bitcast=True), x, products)
@@ -123,7 +148,9 @@ def tile_sums(
                 if sums_ptr is not None:
                     span = (step * STEPS + i) // SPAN
                     x_sums = tl.load(sums_ptr + span * M + m)[None, :]
-                if tl.float16 == HALF:
+                if ROUNDED:
+                    products = products.to(tl.float32) * tl.load(step_ptr + (step * STEPS + i) // SPAN * M + m)[None, :]
+                elif tl.float16 == HALF:
                     scale *= 2.0 ** (24 - mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED))
                 acc += scale[:, None] * products
                 acc += offset[:, None] * x_sums
