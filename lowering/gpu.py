@@ -16,9 +16,11 @@ from torch import Tensor
 
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS
 from kbit_inductor.kernels.words import unpack_words
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
+HALVES = (torch.float16, torch.bfloat16)
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
     # activation_bits: 1 to 8, or 16 for x as it is.
@@ -52,6 +54,10 @@ def _linear(
     group_size: int, codebook: Tensor | None = None, activation_bits: int = 16,
 ) -> Tensor:  # fmt: skip
     packed = (words, scale, offset, global_scale)
+    if activation_bits == 16 and x.dtype in HALVES and x.numel() >= FLOAT_ROWS * x.size(-1) > 0:
+        from kbit_inductor.kernels.triton.dequantize import linear_by_float
+
+        return linear_by_float(x, *packed, bias, bits, group_size, codebook)
     return _fused_linear(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
 
 

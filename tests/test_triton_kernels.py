@@ -22,6 +22,7 @@ from torch.nn import functional
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import group_count, midpoint, pack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words
+from kbit_inductor.lowering import gpu
 from kbit_inductor.lowering.gpu import dequantize_words
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -32,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu.instructions import compile_product
 
 from kbit_inductor.kernels.triton import aot, unpack
+from kbit_inductor.kernels.triton import dequantize as triton_dequantize
 from kbit_inductor.kernels.triton import embedding as triton_embedding
 from kbit_inductor.kernels.triton import grouped as triton_grouped
 from kbit_inductor.kernels.triton import linear as triton_linear
-from kbit_inductor.kernels.triton.config import Config
+from kbit_inductor.kernels.triton import quantize as triton_quantize
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config
 from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -316,6 +319,43 @@ def check_embedding(bits, columns, group_size, symmetric, exponent, seed, rows, 
         assert torch.equal(actual, reference.embedding(indices, *packed, dtype, levels))
 
 
+@settings(max_examples=20, deadline=None, print_blob=True)
+@given(**PACKED, rows=st.integers(0, 40), dtype=DTYPES, codebook=st.booleans())
+def check_dequantize(bits, columns, group_size, symmetric, exponent, seed, rows, dtype, codebook):
+    torch.manual_seed(seed)
+    grid, codes, levels = packed_weight(rows, columns, bits, group_size, symmetric, exponent, codebook)
+    actual = triton_dequantize.dequantize(*as_words(grid, codes, bits, group_size), bits, columns, group_size, levels, dtype)
+    exact = reference.dequantize(pack_codes(codes, bits), *grid, columns, group_size, torch.float32, levels)
+    assert actual.shape == exact.shape and actual.dtype == dtype
+    if dtype == torch.bfloat16:  # which the interpreter truncates
+        assert ((actual.float() - exact).abs() <= UNIT[dtype] * exact.abs()).all()
+    else:
+        assert torch.equal(actual, exact.to(dtype))
+
+
+def check_many_rows_are_multiplied_by_a_float_weight():
+    """By the operator of one matrix, with the weight in parts; one row fewer, and its words are read."""
+    grid, codes, _ = packed_weight(5, 32, 4, 16, False, 0)
+    words, bias = as_words(grid, codes, 4, 16), torch.randn(5)
+    x = torch.randn(2, FLOAT_ROWS // 2, 32).half()
+    seen = []
+    original = triton_dequantize.dequantize
+    triton_dequantize.dequantize = lambda *arguments: seen.append(len(arguments[0])) or original(*arguments)
+    triton_dequantize.WEIGHTS_AT_ONCE = 64
+    try:
+        actual = gpu._linear(x, *words, bias, 4, 16)
+        assert seen == [2, 2, 1]
+        gpu._linear(x.flatten(0, 1)[1:], *words, bias, 4, 16)
+        assert seen == [2, 2, 1]
+    finally:
+        triton_dequantize.dequantize, triton_dequantize.WEIGHTS_AT_ONCE = original, 1 << 26
+    exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias, 16)
+    weight = reference.dequantize(pack_codes(codes, 4), *grid, 32, 16).double()
+    bound = linear_bound(x, grid, codes.double(), 4, 16, exact, bias.double())
+    bound += 1.01 * UNIT[x.dtype] * (x.double().abs() @ weight.abs().t() + bias.double().abs())
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
 @settings(max_examples=5, deadline=None)
 @given(outside=st.sampled_from([-1, -(2**31), 7, 2**31 - 1]))
 def check_embedding_outside_the_table(outside):
@@ -480,6 +520,22 @@ def test_embedding_compiles_without_spills(target):
     assert aot.compile_ahead(triton_embedding.embedding_kernel, arguments, target).spill_bytes == 0
 
 
+@compiled
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_what_comes_before_a_product_compiles_without_spills(target):
+    """Rounding activations, and unpacking a whole weight."""
+    layout = WordLayout.of(3, 4096, 128)
+    with torch.device("meta"):
+        x, rounded = torch.empty(5, 4096), triton_quantize.empty_activations(5, layout, 2, torch.device("meta"))
+        scale, words = torch.empty(32, 4096).half(), torch.empty(4096, layout.row_words, dtype=torch.int16)
+        packed, out = (words, scale, scale, torch.empty(1), None), torch.empty(4096, 4096).half()
+        unpacking = triton_dequantize.launch_arguments(layout, *packed, out, ptx=target.startswith("sm"))
+    rounding = triton_quantize.launch_arguments(x, layout, 2, 8, rounded)
+    kernels = {triton_quantize.quantize_kernel: rounding, triton_dequantize.dequantize_kernel: unpacking}
+    for kernel, arguments in kernels.items():
+        assert aot.compile_ahead(kernel, arguments, target).spill_bytes == 0
+
+
 if __name__ == "__main__":
     dot_of_bfloat16()
     if sys.argv[1] == "linear":
@@ -491,5 +547,7 @@ if __name__ == "__main__":
         check_batched()
     else:
         check_embedding()
+        check_dequantize()
+        check_many_rows_are_multiplied_by_a_float_weight()
         check_embedding_outside_the_table()
         check_offsets_beyond_2_gib()

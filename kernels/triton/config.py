@@ -11,6 +11,9 @@ from kbit_inductor.kernels.words import WordLayout
 
 DECODE_ROWS = 16
 """Rows of x up to which a program reads every word once and takes the sums of x from the tensor cores."""
+FLOAT_ROWS = 2048
+"""Rows of a 16-bit x from which the weight is unpacked once, for PyTorch's product. To write 8192 x 8192 floats, 128 MiB, takes an
+H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, which unpacking keeps it from."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
 

@@ -70,7 +70,7 @@ def digit_bias(level_bits, rounded, half):
 
 
 @triton.jit
-def _load_grid(scale_ptr, offset_ptr, where, BIAS: tl.constexpr, MIDPOINT: tl.constexpr):
+def load_grid(scale_ptr, offset_ptr, where, BIAS: tl.constexpr, MIDPOINT: tl.constexpr):
     """Scale and offset at ``where``, float32, of digits that are ``BIAS`` more than a level."""
     scale = tl.load(scale_ptr + where).to(tl.float32)
     # Triton drops the untaken branch of a statement only.
@@ -142,7 +142,7 @@ def tile_sums(
 
             if (i + 1) % SPAN == 0:
                 group = tl.minimum((step * STEPS + i) // GROUP_PIECES, groups - 1)
-                scale, offset = _load_grid(scale_ptr, offset_ptr, group.to(tl.int64) * N + row, BIAS, MIDPOINT)
+                scale, offset = load_grid(scale_ptr, offset_ptr, group.to(tl.int64) * N + row, BIAS, MIDPOINT)
                 if DIGITS == 2:
                     products = products * 16 + low_products
                 if sums_ptr is not None:
