@@ -30,6 +30,7 @@ def register_kernel(
     supports: Callable[[Problem], str | None],
     cost: Callable[[Problem], float],
     layout: str = "planes",
+    rounds: bool = False,
 ) -> Kernel:
     """Let a kernel compute products or look-ups of graphs that are compiled from now on, where it can and is the cheapest.
 
@@ -41,12 +42,13 @@ def register_kernel(
         supports: None when it can compute a problem, else the reason why not.
         cost: its time for one row of activations, in bytes that could be read meanwhile.
         layout: of the packed weights that it reads, ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
+        rounds: whether its products take ``activation_bits``, as their last argument.
 
     Raises:
         InvalidKernelError: another kernel has the name (the same one may come again), no operator has the suffix, or there is no
             such layout.
     """
-    return add(Kernel(name, suffix, supports, cost, layout))
+    return add(Kernel(name, suffix, supports, cost, layout, rounds))
 
 
 def add(kernel: Kernel) -> Kernel:

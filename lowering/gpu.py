@@ -18,6 +18,7 @@ from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.kernels.triton.config import FLOAT_ROWS
 from kbit_inductor.kernels.words import unpack_words
+from kbit_inductor.lowering import ops
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -65,6 +66,12 @@ def _fused_linear(*operands: Any) -> Tensor:
     from kbit_inductor.kernels.triton.linear import linear
 
     return linear(*operands)
+
+
+def _linear_bits(*operands: Any) -> Tensor:
+    from kbit_inductor.kernels.triton.bits import linear_bits
+
+    return linear_bits(*operands)
 
 
 def _embedding(*operands: Any) -> Tensor:
@@ -130,6 +137,7 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.kbit.linear_triton(grad, *packed, None, ctx.bits, ctx.group_size, codebook), *(None,) * 8
 
 
+ops.define("linear", "_triton_bits", rounds=True)  # of planes, as they are stored
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("kbit::linear_triton", _linear_fake)
@@ -138,6 +146,7 @@ torch.library.register_fake("kbit::embedding_triton", _embedding_fake)
 torch.library.register_fake("kbit::linear_grad_input_triton", _grad_input_fake)
 torch.library.impl("kbit::linear_triton", "CUDA", _linear)
 torch.library.impl("kbit::fused_linear_triton", "CUDA", _fused_linear)
+torch.library.impl("kbit::linear_triton_bits", "CUDA", _linear_bits)
 torch.library.impl("kbit::embedding_triton", "CUDA", _embedding)
 torch.library.impl("kbit::linear_grad_input_triton", "CompositeExplicitAutograd", _grad_input)
 torch.library.register_autograd("kbit::linear_triton", _linear_backward, setup_context=_save_operands)

@@ -42,7 +42,7 @@ class Problem:
         bits: bits per code.
         group_size: columns per scale.
         uniform: whether every code is its own level, so that there is no codebook.
-        activation_bits: what kernels of the CPU round activations to, 1 to 8, or 16: not rounded.
+        activation_bits: what kernels round activations to, 1 to 8, or 16: not rounded.
     """
 
     family: str
@@ -73,6 +73,7 @@ class Kernel:
             compared. Of equals, the first in :data:`KERNELS` is chosen.
         layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py), ``"words"`` (kernels/words.py),
             ``"tiled"`` or ``"vectors"`` (kernels/cpu/tiled.h).
+        rounds: whether its products round activations: ``activation_bits`` is then their last argument.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Kernel:
     supports: Callable[[Problem], str | None]
     cost: Callable[[Problem], float]
     layout: str = "planes"
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,37 @@ def _triton_supports(problem: Problem) -> str | None:
     return _triton_problem()
 
 
+def _triton_cost(problem: Problem) -> float:
+    """By instructions: while an H200 reads a code of k bits it can execute 7 k / 8, and a code takes at least one and a half."""
+    return problem.packed_bytes * max(1.0, 1.5 / (0.875 * problem.bits))
+
+
+def _triton_bits_supports(problem: Problem) -> str | None:
+    if problem.device != "cuda" or problem.dtype not in FLOATS:
+        return _triton_supports(problem)
+    if problem.family != "linear":
+        return "computes products with one matrix"
+    if problem.activation_bits > MAX_BIT_VECTORS:
+        return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
+    if problem.columns % WORD_COLUMNS or problem.group_size % WORD_COLUMNS:
+        return f"takes rows and groups of multiples of {WORD_COLUMNS} columns, not of {problem.columns} and {problem.group_size}"
+    return _triton_problem() if problem.uniform else "takes uniform codes, not a codebook"
+
+
+def _triton_bits_cost(problem: Problem) -> float:
+    """While an H200 reads a word of a plane, it can count 3 of them; a plane is counted once for each bit of an activation."""
+    return problem.packed_bytes * max(1.0, problem.activation_bits / 3)
+
+
 def _reference_bytes(problem: Problem) -> float:
     # Codes are spread to bytes, turned into floats, scaled, and read by the product: each a pass over memory.
     return problem.packed_bytes + problem.rows * problem.columns * (1 + 1 + 4 * 6)
 
 
 KERNELS = (
-    Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors"),
-    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled"),
-    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes, "words"),
+    Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors", rounds=True),
+    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", rounds=True),
+    Kernel("triton", "_triton", _triton_supports, _triton_cost, "words", rounds=True),
+    Kernel("triton-bits", "_triton_bits", _triton_bits_supports, _triton_bits_cost, rounds=True),
     Kernel("reference", "", lambda problem: None, _reference_bytes),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from kbit_inductor import LayerConfig, backend
 from kbit_inductor.kernels.reference import round_activations
 from kbit_inductor.lowering.gpu import dequantize_words
-from kbit_inductor.lowering.registry import KERNELS, Choice
+from kbit_inductor.lowering.registry import KERNELS, Choice, Problem, choose
 from kbit_inductor.packing import operand_specs, pack, plane_operands
 from kbit_inductor.passes import lower
 
@@ -83,6 +84,37 @@ def test_activations_are_rounded_when_asked(on_cpu, monkeypatch, wanted, given):
         *operands, codebook = plane_operands(packed.operands, packed.config)
         expected = torch.ops.kbit.linear_triton(x, *operands, layer.bias, 3, 32, codebook, given)
     assert torch.equal(y, expected)
+
+
+def counted(x, planes, scale, offset, global_scale, bias, group_size, codebook=None, activation_bits=16):
+    rounded = round_activations(x, group_size, activation_bits).to(x.dtype)
+    return torch.ops.kbit.linear(rounded, planes, scale, offset, global_scale, bias, group_size, codebook)
+
+
+def test_few_bits_are_counted(monkeypatch):
+    """Where counting is estimated to be faster: one bit. Gradients are those without rounding."""
+    problem = Problem("linear", "cuda", torch.float16, 40, 64, bits=1, group_size=32, activation_bits=2)
+    choice = choose(problem)
+    assert choice.kernel.name == "triton-bits"
+    assert choose(dataclasses.replace(problem, bits=2)).kernel is TRITON
+    assert choose(dataclasses.replace(problem, activation_bits=5)).kernel is TRITON
+    assert "multiples of 32" in dict(choose(dataclasses.replace(problem, group_size=40)).rejected)["triton-bits"]
+
+    monkeypatch.setattr(lower, "choose", lambda *_: choice)
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    layer, x = torch.nn.Linear(64, 40).requires_grad_(False), torch.randn(3, 64)
+    packed = pack(layer.weight, LayerConfig(bits=1, group_size=32))
+    *operands, codebook = plane_operands(packed.operands, packed.config)
+    options = {"bits": 1, "group_size": 32, "min_elements": 0, "activation_bits": 2}
+    with torch.library._scoped_library("kbit", "IMPL") as library:
+        library.impl("linear_triton_bits", counted, "CPU")
+        with torch.no_grad():
+            y = torch.compile(torch.nn.Sequential(layer), backend="kbit", options=options)(x)
+        x.requires_grad_()
+        again = torch.ops.kbit.linear_triton_bits(x, *operands, layer.bias, 32, codebook, 2)
+        assert torch.equal(y, again)
+        (gradient,) = torch.autograd.grad(again.sum(), x)
+    torch.testing.assert_close(gradient, packed.dequantize().sum(0).expand_as(x))
 
 
 def batched(x, words, scale, offset, global_scale, index, bits, group_size, codebook=None, activation_bits=16):

@@ -32,7 +32,8 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu.instructions import compile_product
 
-from kbit_inductor.kernels.triton import aot, unpack
+from kbit_inductor.kernels.triton import aot, launch, unpack
+from kbit_inductor.kernels.triton import bits as triton_bits
 from kbit_inductor.kernels.triton import dequantize as triton_dequantize
 from kbit_inductor.kernels.triton import embedding as triton_embedding
 from kbit_inductor.kernels.triton import grouped as triton_grouped
@@ -142,7 +143,7 @@ def assert_is_product(actual, x, grid, codes, levels, bits, group_size, bias=Non
     """``actual`` is ``x @ W.T + bias`` of the packed weight, within the bound."""
     wide = x.double()
     if activation_bits < 16:
-        wide = reference.round_activations(x.reshape(-1, x.size(-1)), group_size, activation_bits).view(x.shape)
+        wide = reference.round_activations(launch.flat_rows(x), group_size, activation_bits).view(x.shape)
     exact = reference.linear(wide, pack_codes(codes, bits), *grid, bias, group_size, levels)
     found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
     bias = None if bias is None else bias.double()
@@ -317,6 +318,23 @@ def check_embedding(bits, columns, group_size, symmetric, exponent, seed, rows, 
         assert ((actual.float() - exact).abs() <= UNIT[dtype] * exact.abs()).all()
     else:
         assert torch.equal(actual, reference.embedding(indices, *packed, dtype, levels))
+
+
+@settings(max_examples=20, deadline=None, print_blob=True)
+@given(
+    bits=st.integers(1, 8), activation_bits=st.integers(1, 4), words=st.integers(0, 40), group_words=st.integers(1, 9),
+    symmetric=st.booleans(), m=st.integers(0, 3), n=st.integers(0, 20), dtype=DTYPES, bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def check_bits(bits, activation_bits, words, group_words, symmetric, m, n, dtype, bias, seed):
+    torch.manual_seed(seed)
+    columns, group_size = 32 * words, 32 * group_words
+    grid, codes, _ = packed_weight(n, columns, bits, group_size, symmetric, -2)
+    x, bias = fenced(torch.randn(m, columns).to(dtype)), fenced(torch.randn(n)) if bias else None
+    scale, offset, global_scale = grid
+    operands = (fenced(pack_codes(codes, bits)), fenced(scale), None if symmetric else fenced(offset), global_scale)
+    actual = triton_bits.linear_bits(x, *operands, bias, group_size, None, activation_bits)
+    assert_is_product(actual, x, grid, codes, None, bits, group_size, bias, activation_bits)
 
 
 @settings(max_examples=20, deadline=None, print_blob=True)
@@ -548,6 +566,7 @@ if __name__ == "__main__":
     else:
         check_embedding()
         check_dequantize()
+        check_bits()
         check_many_rows_are_multiplied_by_a_float_weight()
         check_embedding_outside_the_table()
         check_offsets_beyond_2_gib()

@@ -55,7 +55,7 @@ def _choose(context: Context, use: Use) -> Choice:
         ),
         kernels(),
     )
-    if choice.kernel.layout == "planes" and layer.activation_bits not in ("auto", 16):
+    if not choice.kernel.rounds and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
 
@@ -104,9 +104,10 @@ def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node],
     if choice.kernel.layout in TILED_LAYOUTS:
         return x, operands[0], bias, use.rows, _activation_bits(use)
     *packed, codebook = plane_operands(operands, layer)
+    rounding = (_activation_bits(use),) if choice.kernel.rounds else ()
     if choice.kernel.layout == "words":
-        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook, _activation_bits(use)
-    return x, *packed, bias, layer.group_columns(use.columns), codebook
+        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook, *rounding
+    return x, *packed, bias, layer.group_columns(use.columns), codebook, *rounding
 
 
 def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:

@@ -65,9 +65,12 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     family = next((each for each in FAMILIES if name.startswith(each)), None)
     if family is None or "grad_input" in name:
         return None
-    planes = target._schema.arguments[1].name in ("planes", "words")
+    told = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False))
+    planes = "weight" not in told
     where = args[5 if planes else 2]
-    bits = None if planes else args[-1]
+    bits = told.get("activation_bits", 16)
+    if planes and bits == 16:
+        bits = None  # only kernels of the CPU round to 16
     grid: Any = grids[id(args[1])]
     if family == "linear":
         return _over(result, *product(args[0], grid, where, bits))

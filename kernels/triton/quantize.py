@@ -40,6 +40,23 @@ def _to_nearest(x):
     return (x + 12582912.0) - 12582912.0
 
 
+@triton.jit
+def round_segments(x, there, BITS: tl.constexpr):
+    """Each row of float32 ``x`` as integers of ``BITS``, still float32, and their step. What is not ``there`` is and stays 0."""
+    unknown = tl.sum(x * 0.0, 1)  # NaN where one is not finite, which poisons the row and nothing else
+    if BITS == 1:
+        count = tl.maximum(tl.sum(there.to(tl.float32), 1), 1.0)
+        step = tl.div_rn(tl.sum(tl.abs(x), 1), count)
+        rounded = tl.where(there, tl.where(x < 0, -1.0, 1.0), 0.0)
+    else:
+        step = tl.div_rn(tl.max(tl.abs(x), 1), tl.full(unknown.shape, 2.0 ** (BITS - 1) - 1, tl.float32))
+        # Of the smallest steps the inverse would be infinite.
+        inverse = tl.where(step > 2.0**-126, tl.div_rn(tl.full(unknown.shape, 1.0, tl.float32), step), 0.0)
+        rounded = _to_nearest(x * inverse[:, None])
+    rounded = tl.where((unknown == 0)[:, None], rounded, 0.0)
+    return rounded, step + unknown
+
+
 @triton.jit(do_not_specialize=["M"])
 def quantize_kernel(
     x_ptr, values_ptr, step_ptr, sums_ptr, M, K, x_row_stride, segments, padded_columns,
@@ -55,19 +72,7 @@ def quantize_kernel(
     k = group[:, None] * GROUP_SIZE + column
     there = (column < GROUP_SIZE) & (k < K) & (segment < segments)[:, None]
     x = tl.load(x_ptr + m.to(tl.int64) * x_row_stride + k, mask=there, other=0.0).to(tl.float32)
-
-    unknown = tl.sum(x * 0.0, 1)  # NaN where one is not finite, which poisons the row and nothing else
-    if BITS == 1:
-        count = tl.maximum(tl.sum(there.to(tl.float32), 1), 1.0)
-        step = tl.div_rn(tl.sum(tl.abs(x), 1), count)
-        rounded = tl.where(there, tl.where(x < 0, -1.0, 1.0), 0.0)
-    else:
-        step = tl.div_rn(tl.max(tl.abs(x), 1), tl.full([BLOCK_SEGMENTS], 2.0 ** (BITS - 1) - 1, tl.float32))
-        # Of the smallest steps the inverse would be infinite.
-        inverse = tl.where(step > 2.0**-126, tl.div_rn(tl.full([BLOCK_SEGMENTS], 1.0, tl.float32), step), 0.0)
-        rounded = _to_nearest(x * inverse[:, None])
-    rounded = tl.where((unknown == 0)[:, None], rounded, 0.0)
-    step += unknown
+    rounded, step = round_segments(x, there, BITS)
 
     place = group[:, None] * GROUP_WIDTH + column
     kept = (column < GROUP_WIDTH) & (place < padded_columns) & (segment < segments)[:, None]
