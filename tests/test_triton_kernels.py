@@ -122,7 +122,7 @@ def linear_bound(
     """The bound in the docstring of ``linear`` before the activation; all but ``x`` is float64."""
     unit, single = UNIT[x.dtype], UNIT[torch.float32]
     scale, offset, global_scale = (None if each is None else each.double() for each in grid)
-    lift = 0 if x.dtype == torch.float16 else 272 if level_bits == 8 else 2**level_bits
+    lift = 0 if x.dtype == torch.float16 else 272 if level_bits == 8 else 128
     if rounded:
         lift = 256 if level_bits == 8 else 0
     group = torch.arange(x.size(-1)) // group_size
@@ -209,7 +209,7 @@ def check_epilogue(dtype, activation, bias, factor, residual, config, m, n, size
     bias_, factor_, residual_ = (
         torch.randn(shape).to(dtype) if wanted else None for shape, wanted in ((n, bias), ((m, n), factor), ((m, n), residual))
     )
-    actual = triton_linear.linear(x, *words, bias_, 4, 32, None, activation, factor_, residual_, chosen)
+    actual = triton_linear.linear(x, *words, bias_, 4, 32, None, activation, factor_, residual_, config=chosen)
 
     exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias_, 32)
     functions = {"": lambda y: y, "relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}

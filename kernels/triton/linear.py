@@ -118,8 +118,8 @@ def linear(
         |error| <= u(x.dtype) |y| + (K + 8) u(float32) a + u(float32) |bias|        to first order
         a = sum_k |x[k]| (|scale| (level + b) + |offset|) |global_scale|
 
-    before activation, factor and residual, of ``x`` as it is rounded. ``b`` is 0 for float16, else ``2 ** bits``, or 272 for levels
-    of 8 bits; of a rounded ``x`` it is 0, or 256. Tensor cores truncate where they add, which doubles ``u(float32)``. An infinite
+    before activation, factor and residual, of ``x`` as it is rounded. ``b`` is 0 for float16, else up to 128, or 272 for levels of
+    8 bits; of a rounded ``x`` it is 0, or 256. Tensor cores truncate where they add, which doubles ``u(float32)``. An infinite
     ``x`` gives a NaN.
 
     Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kbit_inductor.kernels.triton.unpack import mantissa_bit, or_field, or_planes
+from kbit_inductor.kernels.triton.unpack import digit_exponent, mantissa_bit, or_field, or_planes
 
 
 @triton.jit
@@ -60,13 +60,13 @@ def _load_x(
 
 
 @triton.constexpr_function
-def digit_bias(level_bits, rounded, half):
-    """How much more than its level a digit is worth that :func:`tile_sums` multiplies."""
+def bias_of(level_bits, rounded, half, bit):
+    """How much more than its level is what is multiplied: a float whose digit begins at ``bit``, two such digits, or an int8."""
     if rounded:
         return -128.0 if level_bits == 8 else 0.0
     if half == tl.float16:
         return 0.0
-    return 17 * 2.0**4 if level_bits == 8 else 2.0**level_bits
+    return 17 * 2.0**4 if level_bits == 8 else 2.0 ** (7 - bit)
 
 
 @triton.jit
@@ -99,11 +99,6 @@ def tile_sums(
     HALF: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     LEVEL_BITS: tl.constexpr = BITS if codebook_ptr is None else 8
     DIGITS: tl.constexpr = 2 if not ROUNDED and tl.bfloat16 == HALF and LEVEL_BITS == 8 else 1
-    # A digit d of b bits as a bfloat16 is 2 ** b + d, its bits the first of the mantissa. As a float16 it is a subnormal, and may
-    # begin at any bit of the mantissa, as long as it ends in it. As an int8 it is itself, less 128 if it has 8 bits.
-    DIGIT_BITS: tl.constexpr = 4 if DIGITS == 2 else LEVEL_BITS
-    EXPONENT: tl.constexpr = 0 if ROUNDED or tl.float16 == HALF else (127 + DIGIT_BITS) * 128
-    BIAS: tl.constexpr = digit_bias(LEVEL_BITS, ROUNDED, HALF)
     DIRECT: tl.constexpr = DIGITS == 1 and codebook_ptr is None and not ROUNDED  # a code is the digit, not a step on the way to it
     UNROLLED: tl.constexpr = STEPS == BLOCK_PIECES
     SUM: tl.constexpr = tl.int32 if ROUNDED and PIECE >= 32 else tl.float32
@@ -118,7 +113,9 @@ def tile_sums(
                 x_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             x = _load_x(x_ptr, m, K, x_row_stride, step * STEPS + i, PIECE, GROUP_SIZE, GROUP_PIECES, EVEN_K)
 
-            code = tl.full([BLOCK_N, PIECE], EXPONENT if DIRECT else 0, tl.int16)
+            code = tl.full(
+                [BLOCK_N, PIECE], digit_exponent(HALF, mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED)) if DIRECT else 0, tl.int16
+            )
             if i == 0:
                 words_8, words_4, words_2, words_1 = code, code, code, code
             code, words_8, words_4, words_2, words_1 = or_planes(
@@ -131,7 +128,7 @@ def tile_sums(
             if ROUNDED:
                 products = _multiply((code ^ 128 if LEVEL_BITS == 8 else code).to(tl.int8), x, products)
             elif DIGITS == 2:
-                zero = tl.full([BLOCK_N, PIECE], EXPONENT, tl.int16)
+                zero = tl.full([BLOCK_N, PIECE], digit_exponent(HALF, 3), tl.int16)
                 high, low = or_field(zero, code, 4, 3, 4, PTX), or_field(zero, code, 0, 3, 4, PTX)
                 products = _multiply(high.to(HALF, bitcast=True), x, products)
                 low_products = _multiply(low.to(HALF, bitcast=True), x, low_products)
@@ -142,7 +139,10 @@ def tile_sums(
 
             if (i + 1) % SPAN == 0:
                 group = tl.minimum((step * STEPS + i) // GROUP_PIECES, groups - 1)
-                scale, offset = load_grid(scale_ptr, offset_ptr, group.to(tl.int64) * N + row, BIAS, MIDPOINT)
+                scale, offset = load_grid(
+                    scale_ptr, offset_ptr, group.to(tl.int64) * N + row,
+                    bias_of(LEVEL_BITS, ROUNDED, HALF, mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED)), MIDPOINT,
+                )  # fmt: skip
                 if DIGITS == 2:
                     products = products * 16 + low_products
                 if sums_ptr is not None:
