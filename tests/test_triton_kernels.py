@@ -320,7 +320,7 @@ def check_embedding(bits, columns, group_size, symmetric, exponent, seed, rows, 
         assert torch.equal(actual, reference.embedding(indices, *packed, dtype, levels))
 
 
-@settings(max_examples=20, deadline=None, print_blob=True)
+@settings(max_examples=12, deadline=None, print_blob=True)
 @given(
     bits=st.integers(1, 8), activation_bits=st.integers(1, 4), words=st.integers(0, 40), group_words=st.integers(1, 9),
     symmetric=st.booleans(), m=st.integers(0, 3), n=st.integers(0, 20), dtype=DTYPES, bias=st.booleans(),
@@ -337,7 +337,7 @@ def check_bits(bits, activation_bits, words, group_words, symmetric, m, n, dtype
     assert_is_product(actual, x, grid, codes, None, bits, group_size, bias, activation_bits)
 
 
-@settings(max_examples=20, deadline=None, print_blob=True)
+@settings(max_examples=12, deadline=None, print_blob=True)
 @given(**PACKED, rows=st.integers(0, 40), dtype=DTYPES, codebook=st.booleans())
 def check_dequantize(bits, columns, group_size, symmetric, exponent, seed, rows, dtype, codebook):
     torch.manual_seed(seed)

@@ -49,7 +49,8 @@ def mantissa_bit(piece, bits, half, direct, unrolled):
         return 0
     room = (10 if half == tl.float16 else 7) - bits
     if unrolled:
-        return min(shift_of(piece, bits, widest_plane(bits)) % 8, room)
+        shift = shift_of(piece, bits, widest_plane(bits)) % 8
+        return shift if shift <= room else room // 2 * 2  # an even one: the fewer there are, the fewer registers hold exponents
     return 0 if half == tl.float16 else room
 
 
