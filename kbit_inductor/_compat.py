@@ -42,6 +42,7 @@ __all__ = [
     "member_path",
     "no_modes",
     "no_size_asserts",
+    "scoped_library",
     "source_name",
     "storage_id",
     "trace",
@@ -85,6 +86,11 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> C
 
     patches = dict(list_mode_options(mode)) or None
     return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
+
+
+def scoped_library(namespace: str, kind: str) -> contextlib.AbstractContextManager[torch.library.Library]:
+    """A library whose registrations are gone after the block."""
+    return cast("contextlib.AbstractContextManager[torch.library.Library]", torch.library._scoped_library(namespace, kind))
 
 
 def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:

@@ -216,6 +216,22 @@ def check_split_sums_do_not_depend_on_the_order_of_programs():
     assert torch.equal(split, ((parts[0] + parts[1]) + parts[2]) + parts[3])
 
 
+def check_a_graph_of_fused_products() -> None:
+    """A gated layer as the passes leave it, every call of it by the kernel."""
+    from test_gpu_fusion import TRITON, Gated, ran
+
+    from kbit_inductor._compat import scoped_library
+    from kbit_inductor.lowering.registry import Choice
+    from kbit_inductor.passes import lower
+
+    with scoped_library("kbit", "IMPL") as library, pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))
+        for name in ("linear_triton", "fused_linear_triton"):
+            library.impl(name, triton_linear.linear, "CPU")
+        graph, error = ran(Gated(), torch.randn(3, 24))
+    assert graph.fusions == {"activation": 1, "gate": 1, "residual": 1} and error < 1e-5
+
+
 @settings(max_examples=45, deadline=None, print_blob=True)
 @given(
     **PACKED,
@@ -413,6 +429,7 @@ if __name__ == "__main__":
         check_split_sums_do_not_depend_on_the_order_of_programs()
     elif sys.argv[1] == "epilogue":
         check_epilogue()
+        check_a_graph_of_fused_products()
     else:
         check_embedding()
         check_embedding_outside_the_table()

@@ -65,7 +65,7 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     family = next((each for each in FAMILIES if name.startswith(each)), None)
     if family is None or "grad_input" in name:
         return None
-    planes = target._schema.arguments[1].name == "planes"
+    planes = target._schema.arguments[1].name in ("planes", "words")  # what follows them is the same
     where = args[5 if planes else 2]
     bits = None if planes else args[-1]
     grid: Any = grids[id(args[1])]
@@ -117,18 +117,31 @@ def _fused(
         spread = (x.shape[-1] + 8) * UNIT
         x = normed.to(x.dtype)
     parts = [_part(x, grids[id(weight)], bias, bits, spread) for weight, bias in zip(weights, biases, strict=True)]
-    (first, slack), act = parts[0], ACTIVATIONS[activation]
-    if not gated:
-        first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
-    exact = act(first)
+    first = parts[0] if gated else tuple(torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return _epilogue(*first, activation, parts[1] if gated else None, residual, x.dtype)
+
+
+def _fused_words(
+    grids: Any, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
+    bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gate = None if factor is None else (factor.double(), torch.zeros_like(factor, dtype=torch.float64))
+    return _epilogue(*product(x, grids[id(words)], bias, None), activation, gate, residual, x.dtype)
+
+
+def _epilogue(
+    first: Tensor, slack: Tensor, activation: str, factor: tuple[Tensor, Tensor] | None, residual: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``residual + activation(first) * factor`` and its bound, from those of ``first`` and ``factor``, in float64."""
+    exact = ACTIVATIONS[activation](first)
     bound = slack if not activation else SLOPE * slack + 16 * UNIT * (first.abs() + 1)
-    if gated:
-        second, more = parts[1]
+    if factor is not None:
+        second, more = factor
         exact, bound = exact * second, exact.abs() * more + second.abs() * bound + bound * more
     if residual is not None:
         bound = bound + UNIT * (residual.double().abs() + exact.abs())
         exact = residual.double() + exact
-    return exact, rounded(exact, bound, x.dtype)
+    return exact, rounded(exact, bound, dtype)
 
 
 def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int, spread: float | None) -> tuple[Tensor, Tensor]:
@@ -175,4 +188,8 @@ def _chain_excess(grids: Any, args: tuple[Any, ...], result: Any) -> float:
     return worst if same else float("inf")
 
 
-WHOLE: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {"fused_linear_cpu": _fused, "decode_attention_cpu": _attention}
+WHOLE: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "fused_linear_cpu": _fused,
+    "fused_linear_triton": _fused_words,
+    "decode_attention_cpu": _attention,
+}
