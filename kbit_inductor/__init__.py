@@ -36,6 +36,7 @@ from kbit_inductor.errors import (
     NotACausalLMError,
     NotAModelFileError,
     NotAModelFolderError,
+    OperandMismatchError,
     PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
@@ -47,6 +48,7 @@ from kbit_inductor.errors import (
     UnsavableModelError,
     UnsupportedDtypeError,
     UnsupportedShapeError,
+    WrongDeviceError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
@@ -95,6 +97,7 @@ __all__ = [
     "NotACausalLMError",
     "NotAModelFileError",
     "NotAModelFolderError",
+    "OperandMismatchError",
     "Pass",
     "PassOrderError",
     "Plan",
@@ -109,6 +112,7 @@ __all__ = [
     "UnsavableModelError",
     "UnsupportedDtypeError",
     "UnsupportedShapeError",
+    "WrongDeviceError",
     "bisect",
     "calibrate",
     "dequantize_",

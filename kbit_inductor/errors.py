@@ -31,6 +31,14 @@ class UnsupportedShapeError(KbitError, ValueError):
     """A weight that is neither a matrix nor a batch of matrices."""
 
 
+class WrongDeviceError(KbitError, RuntimeError):
+    """A product or look-up whose input is on another device than its packed weight."""
+
+
+class OperandMismatchError(KbitError, ValueError):
+    """Packed operands that are not those of the bits, group size and columns that an operator is called with."""
+
+
 class InvalidPassError(KbitError, ValueError):
     """A pass of an unknown tier or of a name that is taken, or one that returns another graph in place of editing its own."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.kernels.words import unpack_words
+from kbit_inductor.lowering import operands
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
@@ -43,16 +44,28 @@ def dequantize_words(
     return reference.dequantize(planes, scale.t(), rows_first, global_scale, columns, group_size, dtype, codebook)
 
 
-def _linear(*operands: Any) -> Tensor:
+def _linear(
+    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
+    group_size: int, codebook: Tensor | None = None, activation: str = "", factor: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from kbit_inductor.kernels.triton.linear import linear
 
-    return linear(*operands)
+    operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
+    operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
+    grid = (words, scale, offset, global_scale)
+    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual)
 
 
-def _embedding(*operands: Any) -> Tensor:
+def _embedding(
+    indices: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, embedding_dim: int, bits: int,
+    group_size: int, dtype: torch.dtype, codebook: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from kbit_inductor.kernels.triton.embedding import embedding
 
-    return embedding(*operands)
+    operands.check_devices(indices, weight=words, scale=scale)
+    operands.check_words(words, scale, offset, global_scale, codebook, embedding_dim, bits, group_size)
+    return embedding(indices, words, scale, offset, global_scale, embedding_dim, bits, group_size, dtype, codebook)
 
 
 def _linear_fake(x: Tensor, words: Tensor, *rest: Any) -> Tensor:

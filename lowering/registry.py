@@ -18,7 +18,7 @@ from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import gpu as _gpu_operators  # noqa: F401  (defines them)
-from kbit_inductor.lowering import ops
+from kbit_inductor.lowering import ops, requirements
 
 MAX_BIT_VECTORS = 4
 BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avxvnni": 1, "avx2": 3, "neon": 1, "portable": 3}
@@ -43,6 +43,7 @@ class Problem:
         group_size: columns per scale.
         uniform: whether every code is its own level, so that there is no codebook.
         activation_bits: what kernels of the CPU round activations to, 1 to 8, or 16: not rounded.
+        device_index: which of the devices of its type.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Problem:
     group_size: int
     uniform: bool = True
     activation_bits: int = 16
+    device_index: int = 0
 
     @property
     def packed_bytes(self) -> float:
@@ -119,16 +121,6 @@ def cpu_library_problem() -> str | None:
     return None
 
 
-@functools.cache
-def _triton_problem() -> str | None:
-    """Why Triton cannot be used, or None when it can."""
-    try:
-        import triton  # noqa: F401  (only whether it imports matters)
-    except ImportError as error:
-        return f"Triton does not import ({error}); pip install triton"
-    return None
-
-
 def _cpu_supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"runs on a CPU, the weight is on {problem.device}"
@@ -161,7 +153,7 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
     if problem.family not in MATRIX_FAMILIES:
         return "takes one matrix, not a batch of them"
-    return _triton_problem()
+    return requirements.triton_problem() or requirements.gpu_problem(problem.device_index)
 
 
 def _reference_bytes(problem: Problem) -> float:

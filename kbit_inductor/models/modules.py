@@ -85,8 +85,8 @@ class PackedMatrix(nn.Module):
             told = (self.rows, self.activation_bits, self.group_size)
             product = torch.ops.kbit.tiled_linear_cpu.default(x, self.tiled, bias, *told)
         else:
-            grid = (self.scale, self.offset, self.global_scale)
-            product = ops.overload("linear", self.suffix)(x, self.planes, *grid, bias, self.group_size, self.codebook)
+            packed = (self.planes, self.scale, self.offset, self.global_scale)
+            product = ops.overload("linear", self.suffix)(x, *packed, bias, *self._form, self.codebook)
         return product
 
     def embedding(self, indices: Tensor) -> Tensor:
@@ -95,10 +95,15 @@ class PackedMatrix(nn.Module):
         if self.tiled is not None:
             rows = torch.ops.kbit.embedding_cpu.default(indices, self.tiled, self.columns, self.dtype)
         else:
-            grid = (self.scale, self.offset, self.global_scale)
-            told = (self.columns, self.group_size, self.dtype, self.codebook)
-            rows = ops.overload("embedding", self.suffix)(indices, self.planes, *grid, *told)
+            packed = (self.planes, self.scale, self.offset, self.global_scale)
+            told = (self.columns, *self._form, self.dtype, self.codebook)
+            rows = ops.overload("embedding", self.suffix)(indices, *packed, *told)
         return rows
+
+    @property
+    def _form(self) -> tuple[int, ...]:
+        """How the codes are packed, as the operators of the layout are told."""
+        return (self.config.bits, self.group_size) if self.layout == "words" else (self.group_size,)
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
@@ -108,7 +113,8 @@ class PackedMatrix(nn.Module):
         """Take ``packed`` for one's own, laid out for the kernel that is chosen for this device and dtype."""
         self.activation_bits = self.config.activation_bits_on_cpu()
         sizes = (self.rows, self.columns, self.config.bits, self.group_size, self.config.levels() is None)
-        choice = choose(Problem("linear", self.device.type, self.dtype, *sizes, self.activation_bits))
+        place = self.device.index or 0
+        choice = choose(Problem("linear", self.device.type, self.dtype, *sizes, self.activation_bits, place))
         self.kernel, self.suffix, self.rejected = choice.kernel.name, choice.kernel.suffix, choice.rejected
         self._set(packed.laid_out(choice.kernel.layout))
 
@@ -140,10 +146,10 @@ class PackedMatrix(nn.Module):
             operands: tuple[Tensor, ...] = self.packed.operands
         else:
             source, made = self.__dict__.get("_made", (None, ()))
-            known = tuple(reference() for reference in made)
-            if source is None or source() is not self.tiled or None in known:
+            known, held = tuple(reference() for reference in made), self.packed.operands[0]
+            if source is None or source() is not held or None in known:
                 known = self.packed.laid_out("planes").operands
-                self.__dict__["_made"] = weakref.ref(self.tiled), tuple(map(weakref.ref, known))
+                self.__dict__["_made"] = weakref.ref(held), tuple(map(weakref.ref, known))
             operands = known
         return {name: t for name, t in zip(STORED, plane_operands(operands, self.config), strict=True) if t is not None}
 

@@ -52,6 +52,7 @@ def _choose(context: Context, use: Use) -> Choice:
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
             activation_bits=layer.activation_bits_on_cpu(),
+            device_index=use.weight.value.device.index or 0,
         ),
         kernels(),
     )
