@@ -46,12 +46,14 @@ from kbit_inductor.errors import (
     UnmatchedOverrideError,
     UnsavableModelError,
     UnsupportedDtypeError,
+    UnsupportedFormatError,
     UnsupportedShapeError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.models.gguf_model import from_gguf
+from kbit_inductor.models.importers.checkpoint import from_checkpoint
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
@@ -108,11 +110,13 @@ __all__ = [
     "UnmatchedOverrideError",
     "UnsavableModelError",
     "UnsupportedDtypeError",
+    "UnsupportedFormatError",
     "UnsupportedShapeError",
     "bisect",
     "calibrate",
     "dequantize_",
     "explain",
+    "from_checkpoint",
     "from_gguf",
     "generate",
     "kbit",

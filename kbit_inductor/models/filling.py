@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from kbit_inductor.errors import ModelMismatchError
@@ -28,19 +27,20 @@ def takes_packed(model: nn.Module, name: str) -> bool:
     return all(type(module) in (nn.Linear, nn.Embedding) for _, _, module in _places(model, model.get_parameter(name)))
 
 
-def put_packed(model: nn.Module, name: str, packed: PackedWeight, rows: int, dtype: torch.dtype) -> None:
-    """Put a packed module in every place of the parameter ``name``, ``[rows, packed.columns]``."""
+def put_packed(model: nn.Module, name: str, packed: PackedWeight, rows: int, order: Tensor | None = None) -> None:
+    """Put a packed module in every place of the parameter ``name``, ``[rows, packed.columns]``, with its dtype."""
     weight = model.get_parameter(name)
     check_shape(name, weight, (rows, packed.columns))
-    matrix = PackedMatrix(packed, rows, dtype)
+    matrix = PackedMatrix(packed, rows, weight.dtype, order)
     for parent, key, module in _places(model, weight):
         parent._modules[key] = packed_module(module, matrix).eval()
 
 
 def put_float(model: nn.Module, name: str, values: Tensor) -> None:
-    """Put ``values`` in every place of the parameter or buffer ``name``."""
+    """Put ``values`` in every place of the parameter or buffer ``name``, in its dtype."""
     old = tensors(model)[name]
     check_shape(name, old, tuple(values.shape))
+    values = values.to(old.dtype)
     value = nn.Parameter(values, requires_grad=False) if isinstance(old, nn.Parameter) else values
     for module in model.modules():
         for table in (module._parameters, module._buffers):

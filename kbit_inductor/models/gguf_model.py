@@ -55,7 +55,7 @@ def from_gguf(path: str | Path) -> nn.Module:
             order = _row_order(processor, tensor, names) if packs else None
             if order is not None:
                 packed = packed_of(torch.from_numpy(tensor.data), kind, order, name)
-                filling.put_packed(model, name, packed, order.numel(), torch.float32)
+                filling.put_packed(model, name, packed, order.numel())
                 rounded |= {name: packed.error} if packed.error else {}
                 trim_heap()
             else:

@@ -45,6 +45,7 @@ class CodedWeight:
         zero: float64 ``[N, G]``, the level that means 0; None for the midpoint of all levels.
         minimum: float64 ``[N, G]``, the value of level 0; None where ``zero`` says it.
         codebook: the option of that name.
+        order: int32 ``[K]``: ``codes`` and groups are of column ``order[j]`` of the weight in place ``j``; None for the same order.
         levels: float64 ``[2 ** bits]``, what the levels of ``codebook`` are in the file, where they are not whole numbers.
     """
 
@@ -58,6 +59,7 @@ class CodedWeight:
     minimum: Tensor | None = None
     codebook: str = "uniform"
     levels: Tensor | None = None
+    order: Tensor | None = None
 
     @torch.no_grad()
     def packed(self, layer: str, *, exact: bool = True) -> PackedWeight:
