@@ -54,6 +54,8 @@ from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.importers.checkpoint import from_checkpoint
+from kbit_inductor.models.importers.onnx import from_onnx
+from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
@@ -118,6 +120,8 @@ __all__ = [
     "explain",
     "from_checkpoint",
     "from_gguf",
+    "from_onnx",
+    "from_torchao",
     "generate",
     "kbit",
     "load",

@@ -12,37 +12,12 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from packed_files import HALF, Model, imported, write
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
 from kbit_inductor.models.importers.fields import pack_fields, unpack_fields
 from kbit_inductor.testing.strategies import SEEDS
-
-HALF = 2.0**-11  # the relative error of a number rounded to float16
-
-
-class Model(nn.Module):
-    """One layer."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(columns, rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
-def write(folder: Path, tensors: dict[str, Any], **quantization: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    plain = {name: torch.from_numpy(t.copy()) if isinstance(t, np.ndarray) else t.contiguous() for name, t in tensors.items()}
-    save_file(plain, folder / "model.safetensors")
-    return folder
-
-
-def imported(folder: Path, rows: int, columns: int, **told: Any) -> Any:
-    return kbit.from_checkpoint(folder, lambda: Model(rows, columns), **told).fc
 
 
 def words_of(fields: Any, bits: int) -> Any:

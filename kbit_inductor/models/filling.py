@@ -65,7 +65,7 @@ def rounding_note(rounded: dict[str, float]) -> str:
     """What to tell of weights, by name, whose values are not all those of the file."""
     worst = max(rounded, key=lambda name: rounded[name])
     return (
-        f"{len(rounded)} weights have the codes of the file, and scales or levels rounded to what the storage format holds; "
+        f"packed weights whose scales or levels were rounded, as the storage format does not hold them: {len(rounded)}; "
         f"the largest error is {rounded[worst] ** 0.5:.2g} of the norm of {worst}"
     )
 
