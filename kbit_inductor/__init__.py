@@ -47,6 +47,7 @@ from kbit_inductor.errors import (
     UnmatchedOverrideError,
     UnsavableModelError,
     UnsupportedDtypeError,
+    UnsupportedFormatError,
     UnsupportedShapeError,
     WrongDeviceError,
 )
@@ -54,6 +55,9 @@ from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.models.gguf_model import from_gguf
+from kbit_inductor.models.importers.checkpoint import from_checkpoint
+from kbit_inductor.models.importers.onnx import from_onnx
+from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
@@ -111,13 +115,17 @@ __all__ = [
     "UnmatchedOverrideError",
     "UnsavableModelError",
     "UnsupportedDtypeError",
+    "UnsupportedFormatError",
     "UnsupportedShapeError",
     "WrongDeviceError",
     "bisect",
     "calibrate",
     "dequantize_",
     "explain",
+    "from_checkpoint",
     "from_gguf",
+    "from_onnx",
+    "from_torchao",
     "generate",
     "kbit",
     "load",

@@ -91,6 +91,10 @@ class NotAModelFileError(KbitError, ValueError):
     """A file to import that is not there, or is none of its format."""
 
 
+class UnsupportedFormatError(KbitError, ValueError):
+    """A model to import in a format, or a variant of one, that is not read."""
+
+
 class FormatVersionError(KbitError, ValueError):
     """A saved model of a version of the format that this release does not read."""
 

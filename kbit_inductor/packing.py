@@ -175,10 +175,16 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
     return planes, scale, offset[0] if offset else None, global_scale, codebook
 
 
-def specs_by_name(rows: int, columns: int, config: LayerConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`."""
+def specs_by_name(
+    rows: int, columns: int, config: LayerConfig, *, reordered: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`.
+
+    Last comes the ``order`` of the columns, where it is ``reordered``.
+    """
     specs = plane_operands(operand_specs(rows, columns, config, "planes"), config)
-    return {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
+    named = {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
+    return {**named, "order": ((columns,), torch.int32)} if reordered else named
 
 
 def operand_specs(

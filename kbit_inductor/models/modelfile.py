@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import CorruptModelError, FormatVersionError, InvalidOptionError, NotAModelFolderError
+from kbit_inductor.packing import specs_by_name
 
 MANIFEST = "kbit.json"
 FORMAT, VERSION = "kbit-inductor model", 1
@@ -69,6 +70,7 @@ class StoredWeight:
         dtype: of the float weight.
         error: squared error over squared norm when it was quantized.
         options: those of :class:`LayerConfig` in :data:`OPTIONS`.
+        reordered: whether it has its columns in an order of its own, which is one more tensor.
     """
 
     layers: tuple[str, ...]
@@ -77,6 +79,12 @@ class StoredWeight:
     dtype: str
     error: float
     options: Mapping[str, Any]
+    reordered: bool = False
+
+    @property
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of it, by its name after the layer's."""
+        return specs_by_name(self.rows, self.columns, self.config, reordered=self.reordered)
 
     @property
     def config(self) -> LayerConfig:
@@ -93,8 +101,8 @@ class StoredWeight:
         layers = tuple(_is(str, name) for name in _is(list, found["layers"]))
         size = (_is(int, found["rows"]), _is(int, found["columns"]))
         options = {name: found["options"][name] for name in OPTIONS}
-        weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options)
-        if not layers or min(size) < 0 or not isinstance(weight.config, LayerConfig):
+        weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options, found.get("reordered", False))
+        if not layers or not isinstance(weight.reordered, bool) or min(size) < 0 or not isinstance(weight.config, LayerConfig):
             raise ValueError(f"the weight of {layers} is {size}")
         return weight
 
