@@ -42,6 +42,7 @@ from kbit_inductor.errors import (
     TooManyTokensError,
     TrainingModeError,
     UncapturableModelError,
+    UnexportableModelError,
     UnknownOptionError,
     UnmatchedOverrideError,
     UnsavableModelError,
@@ -51,6 +52,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.models.export import export
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
@@ -104,6 +106,7 @@ __all__ = [
     "TooManyTokensError",
     "TrainingModeError",
     "UncapturableModelError",
+    "UnexportableModelError",
     "UnknownOptionError",
     "UnmatchedOverrideError",
     "UnsavableModelError",
@@ -113,6 +116,7 @@ __all__ = [
     "calibrate",
     "dequantize_",
     "explain",
+    "export",
     "from_gguf",
     "generate",
     "kbit",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "StorageWeakRef",
     "below_autograd",
     "cache_tag",
+    "compile_package",
     "copy_graph",
     "graph_breaks",
     "hint",
@@ -85,6 +87,13 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> C
 
     patches = dict(list_mode_options(mode)) or None
     return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
+
+
+def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile ``program`` by AOTInductor to the package ``path``, which ends with ``.pt2``."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
 
 
 def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:
