@@ -21,7 +21,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality test coverage sanitize lint format typecheck typing-tree compiler clean distclean
+.PHONY: help demo bench-cpu bench-quality test test-export coverage sanitize lint format typecheck typing-tree compiler clean distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loads
 test: compiler $(VENV)/.installed  ## run the tests
 	@echo "== tests"
 	@$(PYTEST)
+
+test-export: compiler $(VENV)/.installed  ## run the tests that compile a package and the example in C++ (needs cmake)
+	@echo "== tests of exported packages"
+	@KBIT_TEST_EXPORT=1 $(BIN)/python -m pytest tests/test_export.py
 
 coverage: compiler $(VENV)/.installed  ## run the tests and measure their coverage: a quarter longer
 	@echo "== tests, with coverage"

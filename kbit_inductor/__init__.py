@@ -43,6 +43,7 @@ from kbit_inductor.errors import (
     TooManyTokensError,
     TrainingModeError,
     UncapturableModelError,
+    UnexportableModelError,
     UnknownOptionError,
     UnmatchedOverrideError,
     UnsavableModelError,
@@ -54,6 +55,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.models.export import export
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.importers.checkpoint import from_checkpoint
 from kbit_inductor.models.importers.onnx import from_onnx
@@ -111,6 +113,7 @@ __all__ = [
     "TooManyTokensError",
     "TrainingModeError",
     "UncapturableModelError",
+    "UnexportableModelError",
     "UnknownOptionError",
     "UnmatchedOverrideError",
     "UnsavableModelError",
@@ -122,6 +125,7 @@ __all__ = [
     "calibrate",
     "dequantize_",
     "explain",
+    "export",
     "from_checkpoint",
     "from_gguf",
     "from_onnx",

@@ -112,7 +112,11 @@ class UnsavableModelError(KbitError, ValueError):
 
 
 class ModelCallError(KbitError, RuntimeError):
-    """A model that cannot be explained because its float forward pass fails on the given inputs."""
+    """A model whose call fails on the inputs that it is to be explained, exported or timed with."""
+
+
+class UnexportableModelError(KbitError, ValueError):
+    """A model to export without a packed weight, or with a kernel that is not there without Python."""
 
 
 class NotACausalLMError(KbitError, TypeError):
@@ -120,11 +124,11 @@ class NotACausalLMError(KbitError, TypeError):
 
 
 class UncapturableModelError(KbitError, RuntimeError):
-    """A model that cannot be compiled as one graph for every length of the text before."""
+    """A model that cannot be captured as one graph for every size that calls may have."""
 
 
 class TrainingModeError(KbitError, RuntimeError):
-    """Generating with a model in training mode."""
+    """Generating with, or exporting, a model in training mode."""
 
 
 class InvalidPromptError(KbitError, ValueError):

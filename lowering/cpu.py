@@ -139,6 +139,8 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name, _schema in SCHEMAS.items():
+    if hasattr(torch.ops.kbit, _name):
+        continue  # the library was loaded before this package was imported, and brings what exported models call
     torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _schema in TOOLS.items():
     torch.library.define(f"kbit::{_name}", _schema)
