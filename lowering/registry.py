@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,11 @@ from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import gpu as _gpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import ops, requirements
+from kbit_inductor.lowering.problem import Problem
+
+if TYPE_CHECKING:
+    from kbit_inductor.lowering.cost.device import DeviceRecord
+    from kbit_inductor.lowering.cost.work import Work
 
 MAX_BIT_VECTORS = 4
 BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avxvnni": 1, "avx2": 3, "neon": 1, "portable": 3}
@@ -27,40 +33,6 @@ BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avxvnni": 1, "avx2": 3, "neon": 1, "
 Those of ``avxvnni`` and ``neon`` are guesses: no such machine was measured."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MATRIX_FAMILIES = ("linear", "embedding")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One product or look-up to be computed.
-
-    Attributes:
-        family: ``"linear"`` or ``"embedding"``; ``"batched_linear"`` or ``"grouped_linear"`` for a batch of matrices.
-        device: type of the device, ``"cpu"`` or ``"cuda"``.
-        dtype: of the activations, or of the looked-up rows.
-        rows: N, output features or entries of the table; of one matrix of a batch.
-        columns: K, input features or width of an entry.
-        bits: bits per code.
-        group_size: columns per scale.
-        uniform: whether every code is its own level, so that there is no codebook.
-        activation_bits: what kernels of the CPU round activations to, 1 to 8, or 16: not rounded.
-        device_index: which of the devices of its type.
-    """
-
-    family: str
-    device: str
-    dtype: torch.dtype
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-    uniform: bool = True
-    activation_bits: int = 16
-    device_index: int = 0
-
-    @property
-    def packed_bytes(self) -> float:
-        """Bytes of codes, scales and offsets."""
-        return self.rows * self.columns * (self.bits / 8 + 4 / self.group_size)
 
 
 @dataclass(frozen=True)
@@ -75,6 +47,8 @@ class Kernel:
             compared. Of equals, the first in :data:`KERNELS` is chosen.
         layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py), ``"words"`` (kernels/words.py),
             ``"tiled"`` or ``"vectors"`` (kernels/cpu/tiled.h).
+        works: the ways in which it can compute a problem on a device, as expressions in M (:mod:`kbit_inductor.lowering.cost`);
+            the fastest is what it takes. None: reading ``cost`` bytes.
     """
 
     name: str
@@ -82,6 +56,7 @@ class Kernel:
     supports: Callable[[Problem], str | None]
     cost: Callable[[Problem], float]
     layout: str = "planes"
+    works: Callable[[Problem, DeviceRecord], Sequence[Work]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +65,7 @@ class Choice:
 
     kernel: Kernel
     rejected: tuple[tuple[str, str], ...]
+    problem: Problem | None = None
 
     def overload(self, family: str) -> ops.Operator:
         """The operator that calls the kernel."""
@@ -108,7 +84,7 @@ def choose(problem: Problem, kernels: Sequence[Kernel] | None = None) -> Choice:
             rejected.append((kernel.name, reason))
     best = min(able, key=lambda kernel: kernel.cost(problem))
     slower = [(kernel.name, "is estimated to be slower") for kernel in able if kernel is not best]
-    return Choice(best, (*rejected, *slower))
+    return Choice(best, (*rejected, *slower), problem)
 
 
 @functools.cache
@@ -161,9 +137,28 @@ def _reference_bytes(problem: Problem) -> float:
     return problem.packed_bytes + problem.rows * problem.columns * (1 + 1 + 4 * 6)
 
 
+# Imported where they are called: sympy takes half a second.
+def _cpu_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import products
+
+    return products.cpu(problem, device)
+
+
+def _triton_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import triton_linear
+
+    return triton_linear.works(problem, device)
+
+
+def _reference_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import products
+
+    return products.reference(problem, device)
+
+
 KERNELS = (
     Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors"),
-    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled"),
-    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes, "words"),
-    Kernel("reference", "", lambda problem: None, _reference_bytes),
+    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", _cpu_works),
+    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes, "words", _triton_works),
+    Kernel("reference", "", lambda problem: None, _reference_bytes, "planes", _reference_works),
 )

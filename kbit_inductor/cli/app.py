@@ -40,6 +40,10 @@ Options = Annotated[
 ]
 Text = Annotated[Path | None, typer.Option(help="A text file to calibrate on, one sample for each line.", show_default=False)]
 
+Device = Annotated[
+    str | None,
+    typer.Option(help="Tell expected times on this device: h200, a100, cpu, cuda, …", show_default=False),
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Bits by layer, written by kbit plan.", show_default=False)]
 Output = Annotated[Path | None, typer.Option(help="Where to write the plan, for kbit quantize --plan.", show_default=False)]
 
@@ -101,11 +105,11 @@ def dequantize(source: Source, target: Target, force: Force = False, as_json: Js
 
 
 @app.command()
-def explain(source: Source, option: Options = None, as_json: Json = False) -> None:
+def explain(source: Source, option: Options = None, device: Device = None, as_json: Json = False) -> None:
     """Say what becomes of each layer, and why."""
     with reported(as_json):
         model = open_model(source)
-        found = explain_model(model, torch.arange(1, 1 + EXAMPLE_TOKENS)[None], config=_config(option))
+        found = explain_model(model, torch.arange(1, 1 + EXAMPLE_TOKENS)[None], config=_config(option), device=device)
         if as_json:
             plain = dataclasses.replace(found, fusions=dict(found.fusions))  # asdict takes a Counter apart
             print(json.dumps(dataclasses.asdict(plain)))

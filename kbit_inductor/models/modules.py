@@ -123,8 +123,11 @@ class PackedMatrix(nn.Module):
         """Take ``packed`` for one's own, laid out for the kernel that is chosen for this device and dtype."""
         self.activation_bits = self.config.activation_bits_on_cpu()
         sizes = (self.rows, self.columns, self.config.bits, self.group_size, self.config.levels() is None)
-        place = self.device.index or 0
-        choice = choose(Problem("linear", self.device.type, self.dtype, *sizes, self.activation_bits, place))
+        self.problem = Problem(
+            "linear", self.device.type, self.dtype, *sizes, self.activation_bits,
+            device_index=self.device.index or 0, symmetric=self.config.symmetric,
+        )  # fmt: skip
+        choice = choose(self.problem)
         self.kernel, self.suffix, self.rejected = choice.kernel.name, choice.kernel.suffix, choice.rejected
         self._set(packed.laid_out(choice.kernel.layout))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def lower_marks(context: Context) -> None:
     inputs: dict[tuple[int, Form], list[fx.Node]] = {}
     for use in context.uses:
         choice = _choose(context, use)
+        use.m = _rows_of_x(use)
         calibration = context.config.calibration
         packed_form = form(use.view, _config(use).storage(), choice.kernel.layout, calibration and calibration.key)
         key = (use.weight.argument, packed_form)
@@ -53,12 +55,21 @@ def _choose(context: Context, use: Use) -> Choice:
             uniform=layer.levels() is None,
             activation_bits=layer.activation_bits_on_cpu(),
             device_index=use.weight.value.device.index or 0,
+            symmetric=layer.symmetric,
         ),
         kernels(),
     )
     if choice.kernel.layout not in TILED_LAYOUTS and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
+
+
+def _rows_of_x(use: Use) -> int | torch.SymInt | None:
+    x = use.node.args[0]
+    value = x.meta.get(VALUE) if isinstance(x, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    return math.prod(value.shape if use.family == "embedding" else value.shape[:-1])
 
 
 def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
