@@ -21,8 +21,8 @@ SYMBOLS = M, N, K, BITS, GROUP = sympy.symbols("M N K bits group", positive=True
 
 Expression = sympy.Expr | int | float
 UNHIDDEN = 1 / 8
-"""Of a kernel that unpacks between loading and multiplying. Published rows of such kernels on an H200 lie between 0 and 1/3, those of
-cuBLAS at 0 (tests/test_cost_model.py)."""
+"""Of a kernel that unpacks between loading and multiplying. Published rows of such kernels on an H200 lie between 0 and 1/3, those
+of cuBLAS at 0 (tests/test_cost_model.py)."""
 
 
 class Quantities(NamedTuple):
