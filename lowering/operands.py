@@ -1,4 +1,4 @@
-"""Whether the operands of a GPU's kernel belong together. A kernel follows pointers: what is wrong here would be a wrong number there."""
+"""Whether the operands of a GPU's kernel belong together. A kernel follows pointers: what is wrong here is a wrong number there."""
 
 from __future__ import annotations
 

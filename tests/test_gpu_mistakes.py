@@ -1,4 +1,4 @@
-"""What is wrong with a machine, with devices or with operands: a named error, or a slower path with its reason. No GPU is needed."""
+"""What is wrong with a machine, with devices or operands: a named error, or a slower path with its reason. No GPU is needed."""
 
 from __future__ import annotations
 
