@@ -1,14 +1,14 @@
 """Packed weights that keep their addresses when they are packed again, for the CUDA graphs that were recorded on them.
 
 With ``mode="reduce-overhead"`` Inductor records what a graph does once, addresses included, and then replays it. Packed weights
-are inputs that are marked static, so a recording reads them where they were. It is replayed only for a call whose static inputs have
-the very addresses of the recording; for any other call torch records anew (``CUDAGraphNode.check_invariants`` of
+are inputs that are marked static, so a recording reads them where they were. It is replayed only for a call whose static inputs
+have the very addresses of the recording; for any other call torch records anew (``CUDAGraphNode.check_invariants`` of
 ``torch/_inductor/cudagraph_trees.py``). So memory that was freed is never read: either the call has no tensor there, or the tensor
 there is the packed weight of this call.
 
 A weight that changes would cost a recording at each change, and torch keeps the old ones. So what is packed again goes into the
-memory of before, and the recordings hold: the stream that packs is the one that reads. Another ``Parameter`` in a weight's place has
-packed memory of its own, and is recorded once.
+memory of before, and the recordings hold: the stream that packs is the one that reads. Another ``Parameter`` in a weight's place
+has packed memory of its own, and is recorded once.
 """
 
 from __future__ import annotations

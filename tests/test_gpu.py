@@ -36,6 +36,8 @@ def without_grad():
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels_match_the_reference_on_the_device(check: str) -> None:
     """What test_triton_kernels.py interprets, with all tensors on the GPU."""
+    if "gib" in check and torch.cuda.get_device_properties(0).total_memory < 12 << 30:
+        pytest.skip("the GPU has less memory than this takes")
     with torch.device("cuda"):
         getattr(kernels, check)()
 
