@@ -42,7 +42,8 @@ def _command(report: Path) -> list[str]:
     """Several workers, where pytest-xdist is there: most of the time goes into compiling kernels."""
     workers = min(WORKERS, len(os.sched_getaffinity(0))) if importlib.util.find_spec("xdist") else 0
     parallel = [f"--numprocesses={workers}"] if workers > 1 else []
-    return [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *parallel, f"--junitxml={report}", "tests"]
+    files = sorted(str(path) for path in (REPOSITORY / "tests").glob("test_gpu*.py"))  # where all tests with the marker are
+    return [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *parallel, f"--junitxml={report}", *files]
 
 
 def _counts(report: Path) -> dict[str, int]:
