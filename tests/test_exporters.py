@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import kbit_inductor as kbit
 from kbit_inductor import LayerConfig
+from kbit_inductor.cli import app as commands
 from kbit_inductor.models.exporters.blocks import block_type, to_blocks
 from kbit_inductor.packing import pack
 from kbit_inductor.testing.strategies import SEEDS, normal
@@ -89,3 +92,19 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(kbit.NotAModelFileError, match="no GGUF file"):
         kbit.to_gguf(llama(bits=4, group_size=32), tmp_path / "model.gguf", like=tmp_path / "text.gguf")
     assert not (tmp_path / "model.gguf").exists() and not list(tmp_path.glob(".kbit*"))
+
+
+def test_the_command_converts(tmp_path: Path) -> None:
+    def convert(source: Path, target: Path, *told: str) -> Any:
+        result = CliRunner().invoke(commands.app, ["convert", str(source), str(target), "--json", *told])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    kbit.save(llama(tied=False, bits=4, group_size=32, symmetric=True, skip=["lm_head", "model.embed_tokens"]), tmp_path / "kbit")
+    convert(tmp_path / "kbit", tmp_path / "gptq", "--to", "gptq")
+    convert(tmp_path / "gptq", tmp_path / "model.gguf", "--to", "gguf")
+    sizes = convert(tmp_path / "model.gguf", tmp_path / "again")
+    assert sizes["packed_weights"] == 14
+    assert same(kbit.load(tmp_path / "again"), kbit.load(tmp_path / "kbit"))
+    again = CliRunner().invoke(commands.app, ["convert", str(tmp_path / "kbit"), str(tmp_path / "model.gguf"), "--to", "gguf"])
+    assert again.exit_code == 1 and "--force" in again.output
