@@ -56,6 +56,8 @@ from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.models.export import export
+from kbit_inductor.models.exporters.gguf import to_gguf
+from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.importers.checkpoint import from_checkpoint
 from kbit_inductor.models.importers.onnx import from_onnx
@@ -140,6 +142,8 @@ __all__ = [
     "register_quantizer",
     "restore_",
     "save",
+    "to_gguf",
+    "to_gptq",
 ]
 
 

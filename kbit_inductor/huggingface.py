@@ -207,13 +207,13 @@ def checkpoint_skeleton(folder: Path) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         vars(config).pop("quantization_config", None)
-        model = _without_weights(config, getattr(config, "dtype", None) or torch.float32)
+        model: nn.Module = without_weights(config, getattr(config, "dtype", None) or torch.float32)
     except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         raise ModelMismatchError(f"transformers does not make a causal language model of {folder}/config.json: {error}") from error
     return model
 
 
-def _without_weights(config: Any, dtype: torch.dtype) -> Any:
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
     """The causal language model of ``config`` with parameters on the meta device, tied, and buffers with values."""
     from accelerate import init_empty_weights
 
@@ -221,22 +221,3 @@ def _without_weights(config: Any, dtype: torch.dtype) -> Any:
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.tie_weights()
     return model.eval().requires_grad_(False)
-
-
-def gguf_skeleton(path: Path) -> tuple[nn.Module, dict[str, str], Any]:
-    """For a GGUF file: its model with parameters on the meta device and buffers with values, the name in the model of each tensor
-    of the file, and what turns a tensor of the file into one of the model.
-
-    Raises:
-        ModelMismatchError: transformers has no such architecture.
-    """
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        model = _without_weights(config, torch.float32)
-        processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())  # type: ignore[no-untyped-call]
-        names = get_gguf_hf_weights_map(model, processor)
-    except (ValueError, NotImplementedError) as error:
-        raise ModelMismatchError(f"transformers does not load the architecture of {path.name}: {error}") from error
-    return model, names, processor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import json
 import sys
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from torch import nn
 
 from kbit_inductor.bits import Plan, plan
 from kbit_inductor.cli import doctor as machine
-from kbit_inductor.cli.files import new_folder, open_model, open_tokenizer
+from kbit_inductor.cli.files import check_new, new_folder, open_model, open_tokenizer
 from kbit_inductor.config import Config
 from kbit_inductor.errors import InvalidOptionError, KbitError
 from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
+from kbit_inductor.models.exporters.gguf import to_gguf
+from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 
@@ -30,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="k-
 console = Console()
 EXAMPLE_TOKENS = 8  # of a prompt that explain runs the model on
 
-Source = Annotated[Path, typer.Argument(help="A folder written by kbit or by Hugging Face, or a .gguf file.", show_default=False)]
+Source = Annotated[Path, typer.Argument(help="A folder of kbit or of Hugging Face, or a .gguf file.", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")]
@@ -46,6 +49,14 @@ Device = Annotated[
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Bits by layer, written by kbit plan.", show_default=False)]
 Output = Annotated[Path | None, typer.Option(help="Where to write the plan, for kbit quantize --plan.", show_default=False)]
+
+
+class Form(str, enum.Enum):
+    """What ``convert`` writes."""
+
+    KBIT = "kbit"
+    GGUF = "gguf"
+    GPTQ = "gptq"
 
 
 @contextlib.contextmanager
@@ -78,17 +89,28 @@ def quantize(
         with new_folder(target, force) as folder:
             model, tokenizer = open_model(source), open_tokenizer(source)
             quantize_(model, config, _lines(text), tokenizer=tokenizer)
-            _write(model, tokenizer, folder)
+            save(model, folder)
+            _save_tokenizer(tokenizer, folder)
         _show(_sizes(model), as_json)
 
 
 @app.command()
-def convert(source: Source, target: Target, force: Force = False, as_json: Json = False) -> None:
-    """Take a model over as it is, the packed weights of a GGUF file for one, and save it."""
+def convert(
+    source: Source, target: Target,
+    to: Annotated[Form, typer.Option(help="What to write: a folder of kbit or of GPTQ, or a GGUF file.")] = Form.KBIT,
+    force: Force = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Take a model over as it is, packed weights of GGUF, GPTQ, AWQ and others among them, and save it."""
     with reported(as_json):
-        with new_folder(target, force) as folder:
+        if to is Form.GGUF:
+            check_new(target, force)
             model = open_model(source)
-            _write(model, open_tokenizer(source), folder)
+            to_gguf(model, target, like=source if source.suffix == ".gguf" else None)
+        else:
+            with new_folder(target, force) as folder:
+                model = open_model(source)
+                (save if to is Form.KBIT else to_gptq)(model, folder)
+                _save_tokenizer(open_tokenizer(source), folder)
         _show(_sizes(model), as_json)
 
 
@@ -99,8 +121,7 @@ def dequantize(source: Source, target: Target, force: Force = False, as_json: Js
         with new_folder(target, force) as folder:
             model: Any = dequantize_(open_model(source))
             model.save_pretrained(folder)
-            if (tokenizer := open_tokenizer(source)) is not None:
-                tokenizer.save_pretrained(folder)
+            _save_tokenizer(open_tokenizer(source), folder)
         _show(_sizes(model), as_json)
 
 
@@ -196,10 +217,9 @@ def _lines(text: Path | None) -> list[str] | None:
     return None if text is None else [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save(model, folder)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kbit_inductor.errors import ModelMismatchError, NotAModelFileError
+from kbit_inductor.errors import NotAModelFileError
 from kbit_inductor.logs import logger
 from kbit_inductor.models import filling
 from kbit_inductor.models.gguf_blocks import TYPES, packed_of
@@ -33,11 +33,12 @@ def from_gguf(path: str | Path) -> nn.Module:
         ModelMismatchError: transformers has no such architecture, or has its weights in another form than the file.
         NonFiniteWeightError: a step of a block is NaN or infinite.
     """
-    from kbit_inductor import huggingface
-
     path = Path(path)
-    reader = _opened(path)
-    model, names, processor = huggingface.gguf_skeleton(path)
+    reader = opened(path)
+    from kbit_inductor.models.gguf_transformers import Form, skeleton
+
+    model = skeleton(path)
+    form = Form.of(model)
     left = filling.awaited(model)
     in_float: Counter[str] = Counter()
     rounded: dict[str, float] = {}
@@ -46,13 +47,13 @@ def from_gguf(path: str | Path) -> nn.Module:
     with Progress(len(tensors), "reading GGUF") as progress:
         for tensor in tensors:
             progress.advance(tensor.name)
-            name = names.get(tensor.name)
+            name = form.names.get(tensor.name)
             if name is None:
                 log.info("%s of the file has no place in the model", tensor.name)
                 continue
             kind = tensor.tensor_type.name
             packs = kind in TYPES and name.endswith(".weight") and filling.takes_packed(model, name)
-            order = _row_order(processor, tensor, names) if packs else None
+            order = form.row_order(tensor.name, len(tensor.data)) if packs else None
             if order is not None:
                 packed = packed_of(torch.from_numpy(tensor.data), kind, order, name)
                 filling.put_packed(model, name, packed, order.numel())
@@ -60,7 +61,7 @@ def from_gguf(path: str | Path) -> nn.Module:
                 trim_heap()
             else:
                 in_float.update([kind] if kind not in ("F32", "F16", "BF16", "F64") else [])
-                values = _processed(processor, tensor.name, _floats(tensor), names)
+                values = form.values(tensor.name, _floats(tensor))
                 filling.put_float(model, name, torch.from_numpy(np.copy(values)))
     if in_float:
         counts = ", ".join(f"{count} of {kind}" for kind, count in in_float.items())
@@ -71,7 +72,12 @@ def from_gguf(path: str | Path) -> nn.Module:
     return model
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """A reader of the GGUF file ``path``.
+
+    Raises:
+        NotAModelFileError: it is none.
+    """
     from gguf import GGUFReader
 
     if not path.is_file():
@@ -80,26 +86,6 @@ def _opened(path: Path) -> Any:
         return GGUFReader(path, "c")  # writable in memory: torch wants it so
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise NotAModelFileError(f"{path} is no GGUF file, or is damaged ({error}); copy it anew") from error
-
-
-def _row_order(processor: Any, tensor: Any, names: dict[str, str]) -> Tensor | None:
-    """Which rows of the file those of the model are; None where the model has the matrix in another form."""
-    if len(tensor.shape) != 2:
-        return None
-    rows = int(tensor.shape[1])
-    moved = _processed(processor, tensor.name, np.arange(rows, dtype=np.float64)[:, None], names)
-    if moved.shape != (rows, 1) or not np.array_equal(np.sort(moved[:, 0]), np.arange(rows)):
-        return None
-    return torch.from_numpy(moved[:, 0].astype(np.int64))
-
-
-def _processed(processor: Any, name: str, weights: Any, names: dict[str, str]) -> Any:
-    """``weights`` of the file as the model has them."""
-    parsed: dict[str, Any] = {"tensors": {}}
-    result = processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parsed)
-    if parsed["tensors"] or result.name != name:
-        raise ModelMismatchError(f"{name} of the file is spread over several tensors of the model, which is not supported")
-    return result.weights
 
 
 def _floats(tensor: Any) -> Any:

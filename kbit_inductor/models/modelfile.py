@@ -173,7 +173,7 @@ class Manifest:
         """Replace the one in ``folder`` in one step, when all is on the disk."""
         found = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         text = json.dumps(found, indent=1)
-        with _replacing(folder / MANIFEST) as temporary:
+        with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @property
@@ -205,7 +205,7 @@ class Writer:
         hashes = {name: sha256(tensor) for name, tensor in self._waiting.items()}
         together = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
         file = f"weights-{hashlib.sha256(together.encode()).hexdigest()[:16]}.safetensors"
-        with _replacing(self._folder / file) as temporary:
+        with replacing(self._folder / file) as temporary:
             save_file(_unshared(self._waiting), temporary)
         for name, tensor in self._waiting.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -274,7 +274,7 @@ def remove_others(folder: Path, manifest: Manifest) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to be written, which takes the place of ``path`` when it is on the disk, or is removed on an error."""
     handle, name = tempfile.mkstemp(prefix=".kbit-", dir=path.parent)
     os.close(handle)

@@ -69,8 +69,8 @@ def from_checkpoint(folder: str | Path, model: Callable[[], nn.Module] | None = 
         NonFiniteWeightError: a scale is NaN or infinite.
     """
     folder = Path(folder)
+    format, options = _format(folder)
     tensors = Checkpoint(folder)
-    format, options = _format(tensors)
     built = _built(folder, model)
     left = filling.awaited(built)
     layers = {
@@ -97,17 +97,33 @@ def from_checkpoint(folder: str | Path, model: Callable[[], nn.Module] | None = 
     return built
 
 
-def _format(tensors: Checkpoint) -> tuple[Format, Mapping[str, Any]]:
-    """How the layers are packed, and the options of the method."""
-    options = tensors.config.get("quantization_config") or tensors.config.get("compression_config")
+def is_packed(folder: Path) -> bool:
+    """Whether ``folder``, which has a ``config.json``, is packed by a method that is read.
+
+    Raises:
+        CorruptModelError: the configuration is damaged.
+    """
+    return _options(folder).get("quant_method") in FORMATS
+
+
+def _options(folder: Path) -> Mapping[str, Any]:
+    """What is said of the quantization; nothing where there is none."""
+    config = read_json(folder / "config.json")
+    options = config.get("quantization_config") or config.get("compression_config")
     for name, method in OLD_CONFIGURATIONS.items():
-        if options is None and (tensors.folder / name).is_file():
-            options = {"quant_method": method, **read_json(tensors.folder / name)}
-    if options is None:
-        raise NotAModelFolderError(f"{tensors.folder}/config.json names no quantization; load it with transformers, then quantize_")
-    method = str(as_kind(dict, options, "quantization_config").get("quant_method"))
+        if options is None and (folder / name).is_file():
+            options = {"quant_method": method, **read_json(folder / name)}
+    return dict(as_kind(dict, options or {}, "quantization_config"))
+
+
+def _format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
+    """How the layers are packed, and the options of the method."""
+    options = _options(folder)
+    if not options:
+        raise NotAModelFolderError(f"{folder}/config.json names no quantization; load it with transformers, then quantize_")
+    method = str(options.get("quant_method"))
     if method not in FORMATS:
-        raise UnsupportedFormatError(f"{tensors.folder} is packed by {method!r}; read are {', '.join(FORMATS)}")
+        raise UnsupportedFormatError(f"{folder} is packed by {method!r}; read are {', '.join(FORMATS)}")
     return FORMATS[method], options
 
 

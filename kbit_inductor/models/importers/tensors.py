@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's, read without running or unpickling anything: ``config.json`` and the tensors of safetensors files."""
+"""A folder of Hugging Face's, read without running or unpickling anything: objects of JSON, and tensors of safetensors files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ class Checkpoint:
     """The tensors of a folder by name. Each is memory-mapped when it is asked for.
 
     Raises:
-        NotAModelFolderError: there is no ``config.json``, or no safetensors file.
+        NotAModelFolderError: there is no safetensors file.
         CorruptModelError: a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
         self._file_of: dict[str, Path] = {}
         for file in self._files():
             for name in self._opened(file, lambda opened: list(opened.keys())):
