@@ -55,6 +55,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.lora import init_lora_
 from kbit_inductor.models.export import export
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
@@ -133,6 +134,7 @@ __all__ = [
     "from_onnx",
     "from_torchao",
     "generate",
+    "init_lora_",
     "kbit",
     "load",
     "plan",

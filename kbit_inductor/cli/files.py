@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from kbit_inductor.atomic import exchange
 from kbit_inductor.errors import InvalidOptionError, MissingPackageError, NotAModelFolderError
 from kbit_inductor.logs import logger
 from kbit_inductor.models.gguf_model import from_gguf
@@ -76,6 +77,18 @@ def check_new(target: Path, force: bool) -> None:
         raise InvalidOptionError(f"{target} is there already; give another name, or --force to replace it")
 
 
+def need_tokenizer(source: Path) -> Any:
+    """The tokenizer of the model in ``source``.
+
+    Raises:
+        InvalidOptionError: there is none.
+    """
+    tokenizer = open_tokenizer(source)
+    if tokenizer is None:
+        raise InvalidOptionError(f"{source} has no tokenizer; put one there by tokenizer.save_pretrained")
+    return tokenizer
+
+
 @contextlib.contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
     """A folder to write to, which is ``target`` once all is written, and is gone when anything fails or is interrupted.
@@ -98,12 +111,18 @@ def _move(folder: Path, target: Path) -> None:
     """Put ``folder`` in the place of ``target``, which stays as it was if that fails."""
     if not target.exists():
         folder.replace(target)
-        return
-    old = folder.with_name(folder.name + "-old")
-    target.replace(old)
-    try:
-        folder.replace(target)
-    except BaseException:  # an interrupt too
-        old.replace(target)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    elif exchange(folder, target):
+        _remove(folder)
+    else:
+        old = folder.with_name(folder.name + "-old")
+        target.replace(old)
+        try:
+            folder.replace(target)
+        except BaseException:  # an interrupt too
+            old.replace(target)
+            raise
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -67,7 +67,7 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     arguments, keywords = _call_of(example)
     program = _captured(model, arguments, keywords, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".kbit-", dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".package-", dir=path.parent) as scratch:
         package = Path(scratch) / path.name
         compile_package(program, package)
         library = shutil.copy(build.build(), Path(scratch) / LIBRARY)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kbit_inductor.atomic import TEMPORARY, replacing
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import CorruptModelError, FormatVersionError, InvalidOptionError, NotAModelFolderError
 from kbit_inductor.packing import specs_by_name
@@ -206,7 +206,10 @@ class Writer:
         together = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
         file = f"weights-{hashlib.sha256(together.encode()).hexdigest()[:16]}.safetensors"
         with replacing(self._folder / file) as temporary:
-            save_file(_unshared(self._waiting), temporary)
+            try:
+                save_file(_unshared(self._waiting), temporary)
+            except SafetensorError as error:  # the disk's own errors too: it is full, for one
+                raise OSError(f"cannot write {self._folder / file}: {error}") from error
         for name, tensor in self._waiting.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.tensors[name] = StoredTensor(file, tuple(tensor.shape), dtype, hashes[name])
@@ -269,24 +272,8 @@ def locked(folder: Path, *, shared: bool) -> Iterator[None]:
 def remove_others(folder: Path, manifest: Manifest) -> None:
     """Remove the files of models that were in ``folder`` before, and what a crash has left."""
     for path in folder.iterdir():
-        if (FILE_NAME.fullmatch(path.name) and path.name not in manifest.files) or path.name.startswith(".kbit-"):
+        if (FILE_NAME.fullmatch(path.name) and path.name not in manifest.files) or path.name.startswith(TEMPORARY):
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to be written, which takes the place of ``path`` when it is on the disk, or is removed on an error."""
-    handle, name = tempfile.mkstemp(prefix=".kbit-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor.atomic import replacing
 from kbit_inductor.errors import ModelMismatchError, UnsavableModelError
 from kbit_inductor.models.exporters.blocks import BLOCK, BYTES, block_type, to_blocks
 from kbit_inductor.models.gguf_model import opened
-from kbit_inductor.models.modelfile import replacing
 from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.progress import Progress

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kbit_inductor.atomic import replacing
 from kbit_inductor.errors import ModelMismatchError, UnsavableModelError
 from kbit_inductor.kernels.layout import unpack_codes
 from kbit_inductor.models.importers.fields import pack_fields
-from kbit_inductor.models.modelfile import locked, replacing
+from kbit_inductor.models.modelfile import locked
 from kbit_inductor.models.modules import PackedEmbedding, PackedMatrix
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.packing import plane_operands
