@@ -31,6 +31,7 @@ from kbit_inductor.errors import (
     MissingPackageError,
     ModelCallError,
     ModelMismatchError,
+    NoCascadeError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
@@ -50,12 +51,14 @@ from kbit_inductor.errors import (
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
+from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
+from kbit_inductor.precision import precision
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 
@@ -90,6 +93,7 @@ __all__ = [
     "MissingPackageError",
     "ModelCallError",
     "ModelMismatchError",
+    "NoCascadeError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
@@ -101,6 +105,7 @@ __all__ = [
     "PlannedLayer",
     "PromptTooLongError",
     "ReleasedWeightError",
+    "SpeculativeGenerator",
     "TooManyTokensError",
     "TrainingModeError",
     "UncapturableModelError",
@@ -118,6 +123,7 @@ __all__ = [
     "kbit",
     "load",
     "plan",
+    "precision",
     "quantize_",
     "register_kernel",
     "register_pass",

@@ -43,6 +43,7 @@ class Problem:
         group_size: columns per scale.
         uniform: whether every code is its own level, so that there is no codebook.
         activation_bits: what kernels of the CPU round activations to, 1 to 8, or 16: not rounded.
+        cascade: whether the first planes of the codes are to be read alone.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Problem:
     group_size: int
     uniform: bool = True
     activation_bits: int = 16
+    cascade: bool = False
 
     @property
     def packed_bytes(self) -> float:
@@ -144,6 +146,8 @@ def _bits_supports(problem: Problem) -> str | None:
         return "takes one matrix, not a batch of them"
     if problem.activation_bits > MAX_BIT_VECTORS:
         return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
+    if problem.cascade:
+        return "reads no cascade"
     return None if problem.uniform else "takes uniform codes, not a codebook"
 
 

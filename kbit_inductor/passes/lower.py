@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def lower_marks(context: Context) -> None:
     for use in context.uses:
         choice = _choose(context, use)
         calibration = context.config.calibration
-        packed_form = form(use.view, _config(use).storage(), choice.kernel.layout, calibration and calibration.key)
+        packed_form = form(use.view, _stored(context, use, choice), choice.kernel.layout, calibration and calibration.key)
         key = (use.weight.argument, packed_form)
         if key not in inputs:
             inputs[key] = _add_inputs(context, use, packed_form)
@@ -37,6 +38,17 @@ def _config(use: Use) -> LayerConfig:
     if use.weight.config is None:
         raise LookupError(f"{use.weight.name} was matched although it stays in float")
     return use.weight.config
+
+
+def _stored(context: Context, use: Use, choice: Choice) -> LayerConfig:
+    """How the weight is stored: only the CPU's kernel of one matrix reads a cascade."""
+    config = _config(use).storage()
+    if not config.cascade or (choice.kernel.layout == "tiled" and use.batch is None):
+        return config
+    context.explain(
+        use.weight, f"no cascade: kernel {choice.kernel.name} reads all bits of {'a' if use.batch is None else 'each'} matrix"
+    )
+    return dataclasses.replace(config, cascade=False)
 
 
 def _choose(context: Context, use: Use) -> Choice:
@@ -52,6 +64,7 @@ def _choose(context: Context, use: Use) -> Choice:
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
             activation_bits=layer.activation_bits_on_cpu(),
+            cascade=layer.cascade and use.batch is None,
         ),
         kernels(),
     )
