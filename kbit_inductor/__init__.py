@@ -31,6 +31,7 @@ from kbit_inductor.errors import (
     MissingPackageError,
     ModelCallError,
     ModelMismatchError,
+    NoCascadeError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
@@ -54,6 +55,7 @@ from kbit_inductor.errors import (
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
+from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.lora import init_lora_
 from kbit_inductor.models.export import export
@@ -67,6 +69,7 @@ from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
+from kbit_inductor.precision import precision
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 
@@ -101,6 +104,7 @@ __all__ = [
     "MissingPackageError",
     "ModelCallError",
     "ModelMismatchError",
+    "NoCascadeError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
@@ -113,6 +117,7 @@ __all__ = [
     "PlannedLayer",
     "PromptTooLongError",
     "ReleasedWeightError",
+    "SpeculativeGenerator",
     "TooManyTokensError",
     "TrainingModeError",
     "UncapturableModelError",
@@ -138,6 +143,7 @@ __all__ = [
     "kbit",
     "load",
     "plan",
+    "precision",
     "quantize_",
     "register_kernel",
     "register_pass",

@@ -83,6 +83,10 @@ class ReleasedWeightError(KbitError, RuntimeError):
     """A use of float weights that ``release_weights=True`` has freed."""
 
 
+class NoCascadeError(KbitError, ValueError):
+    """A precision for weights of which none has planes that can be read alone."""
+
+
 class NotAModelFolderError(KbitError, FileNotFoundError):
     """A folder to load from that holds no saved model, or a file where a folder is to be."""
 

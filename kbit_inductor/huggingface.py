@@ -140,8 +140,10 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def last_logits(model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tensor, padding: Tensor, start: int) -> Tensor:
-    """The logits ``[batch, vocabulary]`` that follow ``[batch, new]`` tokens ``ids``, which begin at ``start``.
+def last_logits(
+    model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tensor, padding: Tensor, start: int, count: int = 1
+) -> Tensor:
+    """The logits ``[batch, count, vocabulary]`` that follow the last of ``[batch, new]`` tokens ``ids``, which begin at ``start``.
 
     ``padding``, ``[batch]``, is how many tokens at the left of each row are none. A single row has none.
     """
@@ -150,11 +152,13 @@ def last_logits(model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tenso
     if ids.shape[0] > 1:
         positions = (positions - padding[:, None]).clamp(min=0)
         unpadded = torch.arange(start + ids.shape[1], device=ids.device)[None] >= padding[:, None]
+    elif count > 1:  # which of several tokens sees which is more than that all see what is filled
+        unpadded = torch.ones(1, start + ids.shape[1], dtype=torch.bool, device=ids.device)
     layers = Cache(layers=[Slots(keys, values, start) for keys, values in buffers])
     output = model(
-        input_ids=ids, attention_mask=unpadded, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache: layers}
+        input_ids=ids, attention_mask=unpadded, position_ids=positions, use_cache=True, logits_to_keep=count, **{cache: layers}
     )
-    logits: Tensor = output.logits[:, -1]
+    logits: Tensor = output.logits[:, -count:]
     return logits
 
 

@@ -23,6 +23,7 @@ class Problem:
         activation_bits: what kernels of the CPU round activations to, 1 to 8, or 16: not rounded.
         symmetric: whether there is no offset.
         device_index: which of the devices of its type.
+        cascade: whether the first planes of the codes are to be read alone.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Problem:
     activation_bits: int = 16
     symmetric: bool = False
     device_index: int = 0
+    cascade: bool = False
 
     @property
     def packed_bytes(self) -> float:

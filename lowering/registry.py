@@ -112,6 +112,8 @@ def _bits_supports(problem: Problem) -> str | None:
         return "takes one matrix, not a batch of them"
     if problem.activation_bits > MAX_BIT_VECTORS:
         return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
+    if problem.cascade:
+        return "reads no cascade"
     return None if problem.uniform else "takes uniform codes, not a codebook"
 
 

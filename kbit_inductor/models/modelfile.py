@@ -39,7 +39,7 @@ DTYPES = {
         torch.uint8, torch.bool, torch.complex64,
     )
 }  # fmt: skip
-OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook")
+OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook", "cascade")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class StoredWeight:
         """
         layers = tuple(_is(str, name) for name in _is(list, found["layers"]))
         size = (_is(int, found["rows"]), _is(int, found["columns"]))
-        options = {name: found["options"][name] for name in OPTIONS}
+        given = {"cascade": False, **found["options"]}  # folders of older releases do not say
+        options = {name: given[name] for name in OPTIONS}
         weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options, found.get("reordered", False))
         if not layers or not isinstance(weight.reordered, bool) or min(size) < 0 or not isinstance(weight.config, LayerConfig):
             raise ValueError(f"the weight of {layers} is {size}")

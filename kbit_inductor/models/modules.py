@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
+from kbit_inductor.logs import logger
 from kbit_inductor.lowering import ops
 from kbit_inductor.lowering.registry import Problem, choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
 
+log = logger("pack")
 INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}  # of the same bytes, which no conversion casts
 
 
@@ -125,10 +127,14 @@ class PackedMatrix(nn.Module):
         sizes = (self.rows, self.columns, self.config.bits, self.group_size, self.config.levels() is None)
         self.problem = Problem(
             "linear", self.device.type, self.dtype, *sizes, self.activation_bits,
-            device_index=self.device.index or 0, symmetric=self.config.symmetric,
+            device_index=self.device.index or 0, symmetric=self.config.symmetric, cascade=self.config.cascade,
         )  # fmt: skip
         choice = choose(self.problem)
         self.kernel, self.suffix, self.rejected = choice.kernel.name, choice.kernel.suffix, choice.rejected
+        if self.config.cascade and choice.kernel.layout != "tiled":
+            log.warning("a cascade has become a weight of %d bits: kernel %s reads no first planes", self.config.bits, self.kernel)
+            packed = packed.leading(self.config.bits)
+            self.config = packed.config
         self._set(packed.laid_out(choice.kernel.layout))
 
     def _set(self, packed: PackedWeight) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -27,7 +28,7 @@ def lower_marks(context: Context) -> None:
         choice = _choose(context, use)
         use.m = _rows_of_x(use)
         calibration = context.config.calibration
-        packed_form = form(use.view, _config(use).storage(), choice.kernel.layout, calibration and calibration.key)
+        packed_form = form(use.view, _stored(context, use, choice), choice.kernel.layout, calibration and calibration.key)
         key = (use.weight.argument, packed_form)
         if key not in inputs:
             inputs[key] = _add_inputs(context, use, packed_form)
@@ -39,6 +40,17 @@ def _config(use: Use) -> LayerConfig:
     if use.weight.config is None:
         raise LookupError(f"{use.weight.name} was matched although it stays in float")
     return use.weight.config
+
+
+def _stored(context: Context, use: Use, choice: Choice) -> LayerConfig:
+    """How the weight is stored: only the CPU's kernel of one matrix reads a cascade."""
+    config = _config(use).storage()
+    if not config.cascade or (choice.kernel.layout == "tiled" and use.batch is None):
+        return config
+    context.explain(
+        use.weight, f"no cascade: kernel {choice.kernel.name} reads all bits of {'a' if use.batch is None else 'each'} matrix"
+    )
+    return dataclasses.replace(config, cascade=False)
 
 
 def _choose(context: Context, use: Use) -> Choice:
@@ -56,6 +68,7 @@ def _choose(context: Context, use: Use) -> Choice:
             activation_bits=layer.activation_bits_on_cpu(),
             device_index=use.weight.value.device.index or 0,
             symmetric=layer.symmetric,
+            cascade=layer.cascade and use.batch is None,
         ),
         kernels(),
     )
