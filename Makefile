@@ -21,7 +21,8 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality test coverage sanitize lint format typecheck typing-tree compiler clean distclean
+.PHONY: help demo bench-cpu bench-quality gpu test test-export coverage sanitize lint format typecheck typing-tree compiler clean \
+	distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,12 +50,26 @@ bench-quality: compiler $(VENV)/.bench  ## compare quality per bit; ARGS='--mode
 	@echo "== quality per bit"
 	@$(BIN)/python benchmarks/quality/run.py $(ARGS)
 
+# Peers are compared with where they install; a row says why one is not there. torch brings Triton, and with it the GPU's compiler.
+$(VENV)/.gpu: $(VENV)/.installed
+	@echo "== installing what the GPU benchmark compares with"
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,gpu-bench]' || echo "not all installed: their rows will say so"
+	@touch $@
+
+gpu: compiler $(VENV)/.gpu  ## on a GPU: its tests, then a benchmark, ten minutes; ARGS=--rehearse: all of it without a GPU
+	@echo "== GPU tests and benchmark"
+	@$(BIN)/python benchmarks/gpu/run.py $(ARGS)
+
 # Files in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test: compiler $(VENV)/.installed  ## run the tests
 	@echo "== tests"
 	@$(PYTEST)
+
+test-export: compiler $(VENV)/.installed  ## run the tests that compile a package and the example in C++ (needs cmake)
+	@echo "== tests of exported packages"
+	@KBIT_TEST_EXPORT=1 $(BIN)/python -m pytest tests/test_export.py
 
 coverage: compiler $(VENV)/.installed  ## run the tests and measure their coverage: a quarter longer
 	@echo "== tests, with coverage"

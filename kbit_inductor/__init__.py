@@ -31,31 +31,45 @@ from kbit_inductor.errors import (
     MissingPackageError,
     ModelCallError,
     ModelMismatchError,
+    NoCascadeError,
     NonFiniteActivationError,
     NonFiniteWeightError,
     NotACausalLMError,
     NotAModelFileError,
     NotAModelFolderError,
+    OperandMismatchError,
     PassOrderError,
     PromptTooLongError,
     ReleasedWeightError,
     TooManyTokensError,
     TrainingModeError,
     UncapturableModelError,
+    UnexportableModelError,
     UnknownOptionError,
     UnmatchedOverrideError,
     UnsavableModelError,
     UnsupportedDtypeError,
+    UnsupportedFormatError,
     UnsupportedShapeError,
+    WrongDeviceError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
+from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.lora import init_lora_
+from kbit_inductor.models.export import export
+from kbit_inductor.models.exporters.gguf import to_gguf
+from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.gguf_model import from_gguf
+from kbit_inductor.models.importers.checkpoint import from_checkpoint
+from kbit_inductor.models.importers.onnx import from_onnx
+from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
+from kbit_inductor.precision import precision
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
 
@@ -90,40 +104,54 @@ __all__ = [
     "MissingPackageError",
     "ModelCallError",
     "ModelMismatchError",
+    "NoCascadeError",
     "NonFiniteActivationError",
     "NonFiniteWeightError",
     "NotACausalLMError",
     "NotAModelFileError",
     "NotAModelFolderError",
+    "OperandMismatchError",
     "Pass",
     "PassOrderError",
     "Plan",
     "PlannedLayer",
     "PromptTooLongError",
     "ReleasedWeightError",
+    "SpeculativeGenerator",
     "TooManyTokensError",
     "TrainingModeError",
     "UncapturableModelError",
+    "UnexportableModelError",
     "UnknownOptionError",
     "UnmatchedOverrideError",
     "UnsavableModelError",
     "UnsupportedDtypeError",
+    "UnsupportedFormatError",
     "UnsupportedShapeError",
+    "WrongDeviceError",
     "bisect",
     "calibrate",
     "dequantize_",
     "explain",
+    "export",
+    "from_checkpoint",
     "from_gguf",
+    "from_onnx",
+    "from_torchao",
     "generate",
+    "init_lora_",
     "kbit",
     "load",
     "plan",
+    "precision",
     "quantize_",
     "register_kernel",
     "register_pass",
     "register_quantizer",
     "restore_",
     "save",
+    "to_gguf",
+    "to_gptq",
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "StorageWeakRef",
     "below_autograd",
     "cache_tag",
+    "compile_package",
     "copy_graph",
     "graph_breaks",
     "hint",
@@ -42,6 +44,7 @@ __all__ = [
     "member_path",
     "no_modes",
     "no_size_asserts",
+    "scoped_library",
     "source_name",
     "storage_id",
     "trace",
@@ -85,6 +88,18 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> C
 
     patches = dict(list_mode_options(mode)) or None
     return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
+
+
+def scoped_library(namespace: str, kind: str) -> contextlib.AbstractContextManager[torch.library.Library]:
+    """A library whose registrations are gone after the block."""
+    return cast("contextlib.AbstractContextManager[torch.library.Library]", torch.library._scoped_library(namespace, kind))
+
+
+def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile ``program`` by AOTInductor to the package ``path``, which ends with ``.pt2``."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path))
 
 
 def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:

@@ -86,6 +86,7 @@ class Use:
         columns: K.
         node: what computes it.
         batch: how many matrices there are, where the product takes a batch of them.
+        m: rows of x, or of the look-up, in the call that was captured. None: not known.
     """
 
     family: str
@@ -95,6 +96,7 @@ class Use:
     columns: int
     node: fx.Node
     batch: int | None = None
+    m: int | torch.SymInt | None = None
 
 
 @dataclass

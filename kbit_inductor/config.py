@@ -18,7 +18,7 @@ from kbit_inductor.quantizers.registry import find as find_quantizer
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
 AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
-LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook")
+LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class LayerConfig:
             columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
         codebook: what codes stand for between the ends of a group: ``"uniform"``, an even grid, ``"normal"``, the levels with the
             least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same.
+        cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
+            at run time. On a CPU only; it has offsets, no codebook, and a search of its own.
     """
 
     bits: int = 4
@@ -42,6 +44,7 @@ class LayerConfig:
     quantizer: str = "clip"
     activation_bits: int | str = "auto"
     codebook: str = "uniform"
+    cascade: bool = False
 
     def __post_init__(self) -> None:
         self._check_bits()
@@ -55,6 +58,12 @@ class LayerConfig:
             _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
         if self.codebook not in CODEBOOK_NAMES:
             raise InvalidOptionError(f"option 'codebook' is {self.codebook!r}; give one of {', '.join(CODEBOOK_NAMES)}")
+        if not isinstance(self.cascade, bool):
+            raise InvalidOptionError(f"option 'cascade' is {self.cascade!r}; give True or False")
+        if self.cascade and (self.symmetric, self.quantizer, self.codebook) != (False, "clip", "uniform"):
+            raise InvalidOptionError(
+                "option 'cascade' finds codes and offsets by a search of its own; leave 'symmetric', 'quantizer' and 'codebook' out"
+            )
 
     def _check_bits(self) -> None:
         _integer("bits", self.bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")

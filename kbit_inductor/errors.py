@@ -31,6 +31,14 @@ class UnsupportedShapeError(KbitError, ValueError):
     """A weight that is neither a matrix nor a batch of matrices."""
 
 
+class WrongDeviceError(KbitError, RuntimeError):
+    """A product or look-up whose input is on another device than its packed weight."""
+
+
+class OperandMismatchError(KbitError, ValueError):
+    """Packed operands that are not those of the bits, group size and columns that an operator is called with."""
+
+
 class InvalidPassError(KbitError, ValueError):
     """A pass of an unknown tier or of a name that is taken, or one that returns another graph in place of editing its own."""
 
@@ -75,12 +83,20 @@ class ReleasedWeightError(KbitError, RuntimeError):
     """A use of float weights that ``release_weights=True`` has freed."""
 
 
+class NoCascadeError(KbitError, ValueError):
+    """A precision for weights of which none has planes that can be read alone."""
+
+
 class NotAModelFolderError(KbitError, FileNotFoundError):
     """A folder to load from that holds no saved model, or a file where a folder is to be."""
 
 
 class NotAModelFileError(KbitError, ValueError):
     """A file to import that is not there, or is none of its format."""
+
+
+class UnsupportedFormatError(KbitError, ValueError):
+    """A model to import in a format, or a variant of one, that is not read."""
 
 
 class FormatVersionError(KbitError, ValueError):
@@ -100,7 +116,11 @@ class UnsavableModelError(KbitError, ValueError):
 
 
 class ModelCallError(KbitError, RuntimeError):
-    """A model that cannot be explained because its float forward pass fails on the given inputs."""
+    """A model whose call fails on the inputs that it is to be explained, exported or timed with."""
+
+
+class UnexportableModelError(KbitError, ValueError):
+    """A model to export without a packed weight, or with a kernel that is not there without Python."""
 
 
 class NotACausalLMError(KbitError, TypeError):
@@ -108,11 +128,11 @@ class NotACausalLMError(KbitError, TypeError):
 
 
 class UncapturableModelError(KbitError, RuntimeError):
-    """A model that cannot be compiled as one graph for every length of the text before."""
+    """A model that cannot be captured as one graph for every size that calls may have."""
 
 
 class TrainingModeError(KbitError, RuntimeError):
-    """Generating with a model in training mode."""
+    """Generating with, or exporting, a model in training mode."""
 
 
 class InvalidPromptError(KbitError, ValueError):

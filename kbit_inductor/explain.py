@@ -21,6 +21,7 @@ from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
+from kbit_inductor.expectation import Clock, Expectation
 from kbit_inductor.models.modules import PackedMatrix, matrix_of
 from kbit_inductor.page import Steps, render
 from kbit_inductor.release import is_released
@@ -44,6 +45,7 @@ class LayerReport:
         error: squared error over squared norm.
         kernels: chosen for each of ``uses``.
         rejected: by kernel name, why the others were not chosen.
+        expected: how long each of ``uses`` is expected to take, on a GPU or where a device was asked for.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerReport:
     error: float = 0.0
     kernels: tuple[str, ...] = ()
     rejected: Mapping[str, str] = field(default_factory=dict)
+    expected: tuple[Expectation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class Explanation:
         """The layers that are packed."""
         return tuple(layer for layer in self.layers if layer.matched)
 
+    @property
+    def seconds(self) -> float:
+        """What all products and look-ups on packed weights are expected to take, one after the other; 0 where none is known."""
+        return sum(each.seconds for layer in self.layers for each in layer.expected)
+
     def layer(self, name: str) -> LayerReport:
         """The report of the layer ``name``; KeyError when there is none."""
         for report in self.layers:
@@ -90,13 +98,17 @@ class Explanation:
     def __rich__(self) -> Group:
         table = Table(title=f"kbit: {len(self.matched)} of {len(self.layers)} weight matrices packed", show_footer=True)
         before, after = (sum(getattr(layer, key) for layer in self.layers) for key in ("bytes_before", "bytes_after"))
-        columns = (("layer", ""), ("shape", ""), ("use", ""), ("bits", ""), ("group", ""), ("bytes before", f"{before:,}"),
-                   ("after", f"{after:,}"), ("error", ""), ("kernel", ""), ("why", ""))  # fmt: skip
+        times = [each for layer in self.layers for each in layer.expected]
+        columns = [("layer", ""), ("shape", ""), ("use", ""), ("bits", ""), ("group", ""), ("bytes before", f"{before:,}"),
+                   ("after", f"{after:,}"), ("error", ""), ("kernel", ""), ("why", "")]  # fmt: skip
+        if times:
+            columns.append((f"expected on {times[0].device}", f"{1e6 * self.seconds:.4g} µs"))
         for title, footer in columns:
             right = title in ("bits", "group", "bytes before", "after", "error")
             table.add_column(title, footer, justify="right" if right else "left", overflow="fold")
         for layer in self.layers:
-            table.add_row(*_cells(layer))
+            expected = ["; ".join(dict.fromkeys(map(str, layer.expected)))] if times else []
+            table.add_row(*_cells(layer), *expected)
         breaks = "; ".join(f"{reason.splitlines()[0]} ({count})" for reason, count in self.graph_breaks.items()) or "none"
         fused = ", ".join(f"{kind} {count}" for kind, count in sorted(self.fusions.items())) or "nothing"
         return Group(table, f"graphs: {self.graphs}, graph breaks: {breaks}; fused: {fused}")
@@ -112,6 +124,7 @@ def explain(
     *inputs: Any,
     config: Config | Mapping[str, Any] | None = None,
     html: str | Path | None = None,
+    device: str | torch.device | None = None,
     **keywords: Any,
 ) -> Explanation:
     """What ``torch.compile(model, backend="kbit", options=config)`` does when called with ``inputs`` and ``keywords``.
@@ -123,15 +136,19 @@ def explain(
         inputs: its arguments.
         config: the options.
         html: where to write the same as a page that needs nothing else, with each graph before and after each pass.
+        device: of which the cost model's times are told, whatever device the model is on: ``"h200"`` and the like, ``"cpu"`` or
+            ``"cuda"``. None: that of each weight which is on a GPU.
         keywords: its arguments by name.
 
     Raises:
         ModelCallError: the model itself fails on ``inputs``.
-        UnknownOptionError, InvalidOptionError, UnmatchedOverrideError, NonFiniteWeightError: as the compiled model would.
+        InvalidOptionError: a device that is not known, or an option as the compiled model would.
+        UnknownOptionError, UnmatchedOverrideError, NonFiniteWeightError: as the compiled model would.
     """
     resolved = Config.from_options(config)
     original = getattr(model, "_orig_mod", model)
-    recorder = _Recorder(resolved)
+    clock = Clock(device)
+    recorder = _Recorder(resolved, clock)
     breaks_before = graph_breaks()
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +163,7 @@ def explain(
             raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
     breaks = {reason: count - breaks_before.get(reason, 0) for reason, count in graph_breaks().items()}
     explanation = Explanation(
-        (*recorder.reports.values(), *_packed_before(original), *_unreached(original, recorder.seen)),
+        (*recorder.reports.values(), *_packed_before(original, clock), *_unreached(original, recorder.seen)),
         recorder.graphs,
         {reason: count for reason, count in breaks.items() if count},
         recorder.fusions,
@@ -159,8 +176,9 @@ def explain(
 class _Recorder:
     """A backend that reports on each graph and then runs it as it is."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock: Clock) -> None:
         self.config = config
+        self.clock = clock
         self.reports: dict[tuple[int, WeightView], LayerReport] = {}
         self.seen: set[int] = set()
         self.graphs = 0
@@ -174,7 +192,7 @@ class _Recorder:
             weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
             self.seen |= {id(tensor) for tensor in weights.values()}
             self.fusions += context.fusions
-            for key, report in _reports(context, weights):
+            for key, report in _reports(context, weights, self.clock):
                 self.reports[key] = _merged(self.reports.get(key), report)
         except KbitError as error:
             return backend.raiser(error)
@@ -194,16 +212,17 @@ def _merged(old: LayerReport | None, new: LayerReport) -> LayerReport:
         "uses": old.uses + new.uses,
         "kernels": old.kernels + new.kernels,
         "reasons": reasons,
+        "expected": old.expected + new.expected,
     }
     return dataclasses.replace(new if new.matched else old, **merged)  # type: ignore[arg-type]
 
 
-def _reports(context: Context, weights: Mapping[int, Tensor]) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
+def _reports(context: Context, weights: Mapping[int, Tensor], clock: Clock) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
     for slot in context.slots:
         uses = [
             (use, choice) for use, choice in context.choices if (use.weight.argument, use.view) == (slot.argument, slot.form.view)
         ]
-        yield (id(weights[slot.argument]), slot.form.view), _matched_report(context, slot, uses, weights[slot.argument])
+        yield (id(weights[slot.argument]), slot.form.view), _matched_report(context, slot, uses, weights[slot.argument], clock)
     packed = {slot.argument for slot in context.slots}
     for weight in context.weights:
         if weight.argument not in packed:
@@ -214,7 +233,7 @@ def _reports(context: Context, weights: Mapping[int, Tensor]) -> Iterator[tuple[
             yield (id(weights[weight.argument]), WeightView()), report
 
 
-def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor) -> LayerReport:
+def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor, clock: Clock) -> LayerReport:
     packed = STORE.find(weight, slot) or slot.pack(weight)
     lacks = slot.lacks(weight)
     first = uses[0][0]
@@ -231,10 +250,11 @@ def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tenso
         error=packed.error,
         kernels=tuple(choice.kernel.name for _, choice in uses),
         rejected=dict(uses[0][1].rejected),
+        expected=clock.times([(choice.problem, use.m) for use, choice in uses], weight.device),
     )
 
 
-def _packed_before(model: Any) -> list[LayerReport]:
+def _packed_before(model: Any, clock: Clock) -> list[LayerReport]:
     """The modules on packed weights that :func:`kbit_inductor.quantize_` has made."""
     if not isinstance(model, nn.Module):
         return []
@@ -249,6 +269,7 @@ def _packed_before(model: Any) -> list[LayerReport]:
             " = ".join(names[matrix]), tuple(matrix.shape), True, ("packed by quantize_",), tuple(uses[matrix]), matrix.config,
             math.prod(matrix.shape) * matrix.dtype.itemsize, matrix.packed.nbytes, matrix.error,
             (matrix.kernel,) * len(uses[matrix]), dict(matrix.rejected),
+            clock.times([(dataclasses.replace(matrix.problem, family=use), None) for use in uses[matrix]], matrix.device),
         )
         for matrix in names
     ]  # fmt: skip

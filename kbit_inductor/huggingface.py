@@ -140,8 +140,10 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def last_logits(model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tensor, padding: Tensor, start: int) -> Tensor:
-    """The logits ``[batch, vocabulary]`` that follow ``[batch, new]`` tokens ``ids``, which begin at ``start``.
+def last_logits(
+    model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tensor, padding: Tensor, start: int, count: int = 1
+) -> Tensor:
+    """The logits ``[batch, count, vocabulary]`` that follow the last of ``[batch, new]`` tokens ``ids``, which begin at ``start``.
 
     ``padding``, ``[batch]``, is how many tokens at the left of each row are none. A single row has none.
     """
@@ -150,11 +152,13 @@ def last_logits(model: PreTrainedModel, buffers: Buffers, cache: str, ids: Tenso
     if ids.shape[0] > 1:
         positions = (positions - padding[:, None]).clamp(min=0)
         unpadded = torch.arange(start + ids.shape[1], device=ids.device)[None] >= padding[:, None]
+    elif count > 1:  # which of several tokens sees which is more than that all see what is filled
+        unpadded = torch.ones(1, start + ids.shape[1], dtype=torch.bool, device=ids.device)
     layers = Cache(layers=[Slots(keys, values, start) for keys, values in buffers])
     output = model(
-        input_ids=ids, attention_mask=unpadded, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache: layers}
+        input_ids=ids, attention_mask=unpadded, position_ids=positions, use_cache=True, logits_to_keep=count, **{cache: layers}
     )
-    logits: Tensor = output.logits[:, -1]
+    logits: Tensor = output.logits[:, -count:]
     return logits
 
 
@@ -197,23 +201,27 @@ def build(described: Mapping[str, Any]) -> nn.Module:
     return cast("nn.Module", model.eval())  # type: ignore[no-untyped-call]
 
 
-def gguf_skeleton(path: Path) -> tuple[nn.Module, dict[str, str], Any]:
-    """For a GGUF file: its model with parameters on the meta device and buffers with values, the name in the model of each tensor
-    of the file, and what turns a tensor of the file into one of the model.
+def checkpoint_skeleton(folder: Path) -> nn.Module:
+    """The causal language model that ``config.json`` in ``folder`` describes, in evaluation mode: parameters on the meta device,
+    buffers with values. What it says of a quantization is left out.
 
     Raises:
-        ModelMismatchError: transformers has no such architecture.
+        ModelMismatchError: transformers has no such architecture, or does not take the configuration.
     """
-    from accelerate import init_empty_weights
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        with init_empty_weights(include_buffers=False):
-            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        model.tie_weights()
-        processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())  # type: ignore[no-untyped-call]
-        names = get_gguf_hf_weights_map(model, processor)
-    except (ValueError, NotImplementedError) as error:
-        raise ModelMismatchError(f"transformers does not load the architecture of {path.name}: {error}") from error
-    return model.eval().requires_grad_(False), names, processor
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        vars(config).pop("quantization_config", None)
+        model: nn.Module = without_weights(config, getattr(config, "dtype", None) or torch.float32)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        raise ModelMismatchError(f"transformers does not make a causal language model of {folder}/config.json: {error}") from error
+    return model
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of ``config`` with parameters on the meta device, tied, and buffers with values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    return model.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
-from kbit_inductor.errors import NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
+from kbit_inductor.errors import InvalidOptionError, NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes, unpack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words, unpack_words
-from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics
+from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics, cascade
 
 STORED = ("planes", "scale", "offset", "global_scale", "codebook")
 """Names of the operands of the storage format."""
@@ -40,7 +41,7 @@ class PackedWeight:
             are the operands of its matrices, stacked.
         config: how it was quantized.
         columns: K.
-        error: squared error over squared norm of the float weight.
+        error: squared error over squared norm of the float weight; of a cascade, of all its bits.
         layout: ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
         batch: E, or None for one matrix.
     """
@@ -63,9 +64,26 @@ class PackedWeight:
             if self.batch is not None:
                 matrices = zip(*self.operands, strict=True)
                 return torch.stack([dataclasses.replace(self, operands=each, batch=None).dequantize(dtype) for each in matrices])
+            if self.config.cascade:
+                return self.leading(self.config.bits).dequantize(dtype)
             planes, scale, offset, global_scale, codebook = plane_operands(self.laid_out("planes").operands, self.config)
             group_size = self.config.group_columns(self.columns)
             return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype, codebook)
+
+    def leading(self, bits: int) -> PackedWeight:
+        """The weight, no cascade, of the first ``bits`` planes of a cascade, in the layout ``"planes"``. Its error is not known.
+
+        Raises:
+            InvalidOptionError: the cascade has fewer planes.
+        """
+        if not 1 <= bits <= self.config.bits:
+            raise InvalidOptionError(
+                f"option 'bits' is {bits!r}; a cascade of {self.config.bits} planes has 1 to {self.config.bits}"
+            )
+        planes, scale, offset, global_scale = self.laid_out("planes").operands
+        operands = (planes[:bits], scale[bits - 1], offset[bits - 1], global_scale)
+        config = dataclasses.replace(self.config, bits=bits, cascade=False)
+        return PackedWeight(operands, config, self.columns, math.nan)
 
     def laid_out(self, layout: str) -> PackedWeight:
         """The same matrix in ``layout``, bit for bit. Those of the CPU kernels need the compiled library."""
@@ -80,6 +98,8 @@ class PackedWeight:
         if self.layout in TILED_LAYOUTS:
             codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
             offset = None if self.config.symmetric else zero
+            if self.config.cascade:
+                scale, offset = (grid.view(self.config.bits, len(codes), grid.size(1)) for grid in (scale, zero))
             return codes, (scale, offset, global_scale), levels if levels.numel() else None
         planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
         if self.layout == "words":
@@ -114,6 +134,10 @@ def pack(
 
 def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None = None) -> PackedWeight:
     columns = weight.size(1)
+    if config.cascade:
+        nested = cascade(weight, config.format(columns), statistics)
+        laid_out = _laid_out(nested.codes, (nested.scale, nested.offset, nested.global_scale), None, config, layout)
+        return PackedWeight(laid_out, config, columns, nested.errors[-1], layout)
     quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
     grid = (quantized.scale, quantized.offset, quantized.global_scale)
     codebook = Levels(config.bits, config.levels()).table(weight.device)
@@ -135,7 +159,7 @@ def _laid_out(codes: Tensor, grid: Grid, codebook: Tensor | None, config: LayerC
     """Operands of ``codes``, uint8 ``[N, K]``, in ``layout``."""
     if layout in TILED_LAYOUTS:
         group_size = config.group_columns(codes.size(1))
-        return (torch.ops.kbit.tile_cpu(codes, *grid, config.bits, group_size, codebook, layout == "vectors"),)
+        return (torch.ops.kbit.tile_cpu(codes, *grid, config.bits, group_size, codebook, layout == "vectors", config.cascade),)
     if layout == "words":
         words = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
         scale, offset, global_scale = grid
@@ -175,10 +199,16 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
     return planes, scale, offset[0] if offset else None, global_scale, codebook
 
 
-def specs_by_name(rows: int, columns: int, config: LayerConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`."""
+def specs_by_name(
+    rows: int, columns: int, config: LayerConfig, *, reordered: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`.
+
+    Last comes the ``order`` of the columns, where it is ``reordered``.
+    """
     specs = plane_operands(operand_specs(rows, columns, config, "planes"), config)
-    return {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
+    named = {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
+    return {**named, "order": ((columns,), torch.int32)} if reordered else named
 
 
 def operand_specs(
@@ -189,14 +219,16 @@ def operand_specs(
     stacked = () if batch is None else (batch,)
     if layout in TILED_LAYOUTS:
         has_codebook, vectors = bool(config.levels()), layout == "vectors"
-        nbytes = tiled_nbytes(rows, columns, config.bits, group_size, config.symmetric, has_codebook, vectors)
+        shape = (rows, columns, config.bits, group_size)
+        nbytes = tiled_nbytes(*shape, config.symmetric, has_codebook, vectors, config.cascade)
         return [((*stacked, nbytes), torch.uint8)]
     groups = group_count(columns, group_size)
     if layout == "words":
         grid = ((*stacked, groups, rows), torch.float16)
         planes = ((*stacked, rows, WordLayout.of(config.bits, columns, group_size).row_words), torch.int16)
     else:
-        grid = ((*stacked, rows, groups), torch.float16)
+        precisions = (config.bits,) if config.cascade else ()
+        grid = ((*stacked, *precisions, rows, groups), torch.float16)
         planes = ((*stacked, config.bits, rows, packed_width(columns)), torch.uint8)
     codebook = [((*stacked, 2**config.bits), torch.uint8)] if config.levels() else []
     return [planes, grid, *([] if config.symmetric else [grid]), ((*stacked, 1), torch.float32), *codebook]

@@ -33,7 +33,8 @@ pre {{ overflow-x: auto; background: #f5f5f5; padding: .6em; }}
 <p>{summary}</p>
 <input id="search" type="search" placeholder="layer, kernel or reason" aria-label="search">
 <table>
-<thead><tr><th>layer<th>shape<th>use<th>bits<th>bytes before<th>after<th>of the largest<th>error<th>kernel<th>why</thead>
+<thead><tr><th>layer<th>shape<th>use<th>bits<th>bytes before<th>after<th>of the largest
+<th>error<th>kernel<th>expected<th>why</thead>
 <tbody id="layers">
 {rows}
 </tbody>
@@ -104,7 +105,8 @@ def _row(layer: LayerReport, largest: int) -> str:
     texts = [layer.name, " × ".join(map(str, layer.shape)), ", ".join(dict.fromkeys(layer.uses))]
     numbers = [str(layer.config.bits) if layer.config else "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"]
     error = f"{layer.error:.2g}" if layer.config else ""
-    ends = [", ".join(dict.fromkeys(layer.kernels)), "; ".join(why)]
+    expected = "; ".join(dict.fromkeys(map(str, layer.expected)))
+    ends = [", ".join(dict.fromkeys(layer.kernels)), expected, "; ".join(why)]
     return (
         "<tr>" + _cells(texts) + _cells(numbers, "number") + f"<td>{bar}</td>" + _cells([error], "number") + _cells(ends) + "</tr>"
     )

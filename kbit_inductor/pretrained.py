@@ -25,7 +25,6 @@ from kbit_inductor.models.modelfile import StoredWeight
 from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.models.saving import packed_matrix, place_of, stored_weight
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, packed_module, quantize_
-from kbit_inductor.packing import specs_by_name
 from kbit_inductor.release import trim_heap
 
 METHOD = "kbit"
@@ -140,7 +139,7 @@ class _Awaited(nn.Module):
         self.register_parameter("bias", module._parameters.get("bias"))
         if weight is not None:
             self.weight = nn.Module()
-            for name, (shape, dtype) in specs_by_name(weight.rows, weight.columns, weight.config).items():
+            for name, (shape, dtype) in weight.specs.items():
                 self.weight.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
 
     def matrix(self, name: str) -> PackedMatrix:
@@ -167,7 +166,7 @@ def _check_files(files: Iterable[str], weights: Iterable[StoredWeight]) -> None:
         except SafetensorError as error:
             raise CorruptModelError(f"{file} is damaged, or no file of safetensors ({error}); save the model again") from error
     for weight in weights:
-        for name in specs_by_name(weight.rows, weight.columns, weight.config):
+        for name in weight.specs:
             if f"{weight.layers[0]}.weight.{name}" not in found:
                 raise CorruptModelError(f"{weight.layers[0]}.weight.{name} is not in the folder; save the model again")
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kbit_inductor import addresses
 from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import LayerConfig
@@ -86,7 +87,7 @@ class Slot:
 
 @dataclass
 class Entry:
-    """What was packed from one parameter, and the state the parameter was in."""
+    """What was packed from one parameter, and the state the parameter was in; ``stale`` is of the state before."""
 
     parameter: weakref.ref[Tensor]
     version: int | None
@@ -94,6 +95,7 @@ class Entry:
     layout: Layout
     packed: dict[Form, PackedWeight] = field(default_factory=dict)
     repacks: int = 0
+    stale: dict[Form, PackedWeight] = field(default_factory=dict)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` is the parameter and unchanged since."""
@@ -161,7 +163,7 @@ class PackedWeights:
             entry = self._current_entry(weight, slot)
             start = time.perf_counter()
             with no_modes():
-                packed = slot.pack(weight)
+                packed = addresses.into(entry.stale.pop(slot.form, None), slot.pack(weight))
             entry.packed[slot.form] = packed
             log.info(
                 "packed %s: %d bits, %d bytes, relative error %.3g, %.3f s",
@@ -175,8 +177,12 @@ class PackedWeights:
         old = self._entries.get(key)
         if old is not None and old.is_of(weight):
             return old
-        repacks = old.repacks + 1 if old is not None and old.parameter() is weight else 0
-        entry = Entry(weakref.ref(weight, self._forget(key)), *_state(weight), repacks=repacks)
+        entry = Entry(weakref.ref(weight, self._forget(key)), *_state(weight))
+        if old is not None and old.parameter() is weight:
+            entry.repacks = old.repacks + 1
+            if weight.device.type in addresses.RECORDING:
+                entry.stale = {**old.stale, **old.packed}
+        repacks = entry.repacks
         self._entries[key] = entry
         if repacks:
             log.info("%s has changed since it was packed; packing it again", slot.name)
@@ -216,8 +222,9 @@ class PackedWeights:
         return names
 
     def nbytes(self) -> int:
-        """Bytes of all packed weights that are alive."""
-        return sum(packed.nbytes for entry in list(self._entries.values()) for packed in entry.packed.values())
+        """Bytes of all packed weights that are alive, those to be packed again included."""
+        entries = list(self._entries.values())
+        return sum(packed.nbytes for entry in entries for packed in (*entry.packed.values(), *entry.stale.values()))
 
 
 def _state(weight: Tensor) -> tuple[int | None, StorageWeakRef, Layout]:

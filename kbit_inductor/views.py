@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -92,6 +93,11 @@ def transposed(window: Strides) -> Strides:
     *size, rows, columns = window.size
     *stride, row_step, column_step = window.stride
     return Strides((*size, columns, rows), (*stride, column_step, row_step), window.offset)
+
+
+def contiguous(size: tuple[int, ...]) -> Strides:
+    """Where a tensor of ``size`` lies in memory when its last dimension is the fastest and nothing is left out."""
+    return Strides(size, tuple(math.prod(size[dim + 1 :]) for dim in range(len(size))))
 
 
 def first_matrix(window: Strides) -> Strides:

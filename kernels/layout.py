@@ -13,7 +13,8 @@ have 2 to 7 bits: any two levels are a scale and an offset, and the 256 levels o
 
 ``scale`` and ``offset`` are float16 ``[N, G]``, ``G = ceil(K / group_size)``; ``global_scale`` is float32 ``[1]``, a power of two
 that keeps both inside float16's range whatever the magnitude of the weight. ``offset=None`` stands for the symmetric grid
-``offset = -scale * midpoint``. The map holds GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks exactly.
+``offset = -scale * midpoint``. In a **cascade** both are ``[k, N, G]``: the first ``j`` planes are the weight of ``j`` bits, whose
+scales and offsets are row ``j - 1``. The map holds GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks exactly.
 
 Bit planes as the storage of quantized weights: Zhu et al., "DoReFa-Net" (2016), and Park et al., "Any-Precision LLM" (2024).
 """
@@ -81,14 +82,21 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
 
 
 def tiled_nbytes(
-    rows: int, columns: int, bits: int, group_size: int, symmetric: bool, codebook: bool = False, vectors: bool = False
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    codebook: bool = False,
+    vectors: bool = False,
+    cascade: bool = False,
 ) -> int:
     """Bytes of a weight in the layout of the CPU kernels (``cpu/tiled.h``): 16 rows to a block, 4 columns to a quad, or with
-    ``vectors`` 32 columns of a bit to a word."""
+    ``vectors`` 32 columns of a bit to a word; with ``cascade`` a grid for every number of planes."""
     groups = group_count(columns, group_size)
     unit = WORD_COLUMNS if vectors else 4
     units = (groups - 1) * -(-group_size // unit) + -(-(columns - (groups - 1) * group_size) // unit) if groups else 0
-    grid = groups * 16 * 2 * (1 if symmetric else 2)
+    grid = groups * 16 * 2 * (1 if symmetric else 2) * (bits if cascade else 1)
     if vectors:
         grid = -(-grid // 64) * 64
     levels = max(64, 2**bits) if codebook else 0

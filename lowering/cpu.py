@@ -44,11 +44,14 @@ TOOLS = {
     ),
     "tile_cpu": (
         "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size, Tensor? codebook=None, "
-        "bool vectors=False) -> Tensor"
+        "bool vectors=False, bool cascade=False) -> Tensor"
     ),
     "untile_cpu": "(Tensor weight) -> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale, Tensor codebook)",
     "dequantize_cpu": "(Tensor weight, int begin, int end) -> Tensor",
     "fingerprint": "(Tensor[] tensors) -> int",
+    # Of cascades, how many planes are read at most, 0 for all: by this thread, and of one weight by whoever reads it.
+    "set_precision_cpu": "(int bits) -> int",
+    "limit_planes_cpu": "(Tensor weight, int bits) -> int",
     "isa_cpu": "() -> str",
     "isas_cpu": "() -> str[]",
     "force_isa_cpu": "(str name) -> ()",
@@ -139,6 +142,8 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name, _schema in SCHEMAS.items():
+    if hasattr(torch.ops.kbit, _name):
+        continue  # the library was loaded before this package was imported, and brings what exported models call
     torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _schema in TOOLS.items():
     torch.library.define(f"kbit::{_name}", _schema)

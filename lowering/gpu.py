@@ -18,9 +18,10 @@ from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.kernels.triton.config import FLOAT_ROWS
 from kbit_inductor.kernels.words import unpack_words
-from kbit_inductor.lowering import ops
+from kbit_inductor.lowering import operands, ops
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
+NOT_ROUNDED = 16
 HALVES = (torch.float16, torch.bfloat16)
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
@@ -52,32 +53,49 @@ def dequantize_words(
 
 def _linear(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None = None, activation_bits: int = 16,
+    group_size: int, codebook: Tensor | None = None, activation_bits: int = NOT_ROUNDED,
 ) -> Tensor:  # fmt: skip
+    """By float weights where there are many rows of x."""
     packed = (words, scale, offset, global_scale)
-    if activation_bits == 16 and x.dtype in HALVES and x.numel() >= FLOAT_ROWS * x.size(-1) > 0:
+    if activation_bits == NOT_ROUNDED and x.dtype in HALVES and x.numel() >= FLOAT_ROWS * x.size(-1) > 0:
         from kbit_inductor.kernels.triton.dequantize import linear_by_float
 
+        operands.check_devices(x, weight=words, scale=scale, bias=bias)
+        operands.check_words(*packed, codebook, x.shape[-1], bits, group_size)
         return linear_by_float(x, *packed, bias, bits, group_size, codebook)
     return _fused_linear(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
 
 
-def _fused_linear(*operands: Any) -> Tensor:
+def _fused_linear(
+    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
+    group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = NOT_ROUNDED,
+) -> Tensor:  # fmt: skip
     from kbit_inductor.kernels.triton.linear import linear
 
-    return linear(*operands)
+    operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
+    operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
+    grid = (words, scale, offset, global_scale)
+    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, activation_bits)
 
 
-def _linear_bits(*operands: Any) -> Tensor:
+def _linear_bits(*arguments: Any) -> Tensor:
     from kbit_inductor.kernels.triton.bits import linear_bits
 
-    return linear_bits(*operands)
+    x, planes, scale = arguments[:3]
+    operands.check_devices(x, weight=planes, scale=scale)
+    return linear_bits(*arguments)
 
 
-def _embedding(*operands: Any) -> Tensor:
+def _embedding(
+    indices: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, embedding_dim: int, bits: int,
+    group_size: int, dtype: torch.dtype, codebook: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from kbit_inductor.kernels.triton.embedding import embedding
 
-    return embedding(*operands)
+    operands.check_devices(indices, weight=words, scale=scale)
+    operands.check_words(words, scale, offset, global_scale, codebook, embedding_dim, bits, group_size)
+    return embedding(indices, words, scale, offset, global_scale, embedding_dim, bits, group_size, dtype, codebook)
 
 
 def _linear_fake(x: Tensor, words: Tensor, *rest: Any) -> Tensor:

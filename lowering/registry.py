@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +19,12 @@ from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import gpu as _gpu_operators  # noqa: F401  (defines them)
-from kbit_inductor.lowering import ops
+from kbit_inductor.lowering import ops, requirements
+from kbit_inductor.lowering.problem import Problem
+
+if TYPE_CHECKING:
+    from kbit_inductor.lowering.cost.device import DeviceRecord
+    from kbit_inductor.lowering.cost.work import Work
 
 MAX_BIT_VECTORS = 4
 BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avxvnni": 1, "avx2": 3, "neon": 1, "portable": 3}
@@ -27,38 +33,6 @@ BIT_PAIRS = {"avx512vnni": 3, "avx512": 3, "avxvnni": 1, "avx2": 3, "neon": 1, "
 Those of ``avxvnni`` and ``neon`` are guesses: no such machine was measured."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MATRIX_FAMILIES = ("linear", "embedding")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One product or look-up to be computed.
-
-    Attributes:
-        family: ``"linear"`` or ``"embedding"``; ``"batched_linear"`` or ``"grouped_linear"`` for a batch of matrices.
-        device: type of the device, ``"cpu"`` or ``"cuda"``.
-        dtype: of the activations, or of the looked-up rows.
-        rows: N, output features or entries of the table; of one matrix of a batch.
-        columns: K, input features or width of an entry.
-        bits: bits per code.
-        group_size: columns per scale.
-        uniform: whether every code is its own level, so that there is no codebook.
-        activation_bits: what kernels round activations to, 1 to 8, or 16: not rounded.
-    """
-
-    family: str
-    device: str
-    dtype: torch.dtype
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-    uniform: bool = True
-    activation_bits: int = 16
-
-    @property
-    def packed_bytes(self) -> float:
-        """Bytes of codes, scales and offsets."""
-        return self.rows * self.columns * (self.bits / 8 + 4 / self.group_size)
 
 
 @dataclass(frozen=True)
@@ -73,6 +47,8 @@ class Kernel:
             compared. Of equals, the first in :data:`KERNELS` is chosen.
         layout: of the packed weights that it reads: ``"planes"`` (kernels/layout.py), ``"words"`` (kernels/words.py),
             ``"tiled"`` or ``"vectors"`` (kernels/cpu/tiled.h).
+        works: the ways in which it can compute a problem on a device, as expressions in M (:mod:`kbit_inductor.lowering.cost`);
+            the fastest is what it takes. None: reading ``cost`` bytes.
         rounds: whether its products round activations: ``activation_bits`` is then their last argument.
     """
 
@@ -81,6 +57,7 @@ class Kernel:
     supports: Callable[[Problem], str | None]
     cost: Callable[[Problem], float]
     layout: str = "planes"
+    works: Callable[[Problem, DeviceRecord], Sequence[Work]] | None = None
     rounds: bool = False
 
 
@@ -90,6 +67,7 @@ class Choice:
 
     kernel: Kernel
     rejected: tuple[tuple[str, str], ...]
+    problem: Problem | None = None
 
     def overload(self, family: str) -> ops.Operator:
         """The operator that calls the kernel."""
@@ -108,7 +86,7 @@ def choose(problem: Problem, kernels: Sequence[Kernel] | None = None) -> Choice:
             rejected.append((kernel.name, reason))
     best = min(able, key=lambda kernel: kernel.cost(problem))
     slower = [(kernel.name, "is estimated to be slower") for kernel in able if kernel is not best]
-    return Choice(best, (*rejected, *slower))
+    return Choice(best, (*rejected, *slower), problem)
 
 
 @functools.cache
@@ -118,16 +96,6 @@ def cpu_library_problem() -> str | None:
         build.load()
     except compiler.CpuBuildError as error:
         return str(error)
-    return None
-
-
-@functools.cache
-def _triton_problem() -> str | None:
-    """Why Triton cannot be used, or None when it can."""
-    try:
-        import triton  # noqa: F401  (only whether it imports matters)
-    except ImportError as error:
-        return f"Triton does not import ({error}); pip install triton"
     return None
 
 
@@ -146,6 +114,8 @@ def _bits_supports(problem: Problem) -> str | None:
         return "takes one matrix, not a batch of them"
     if problem.activation_bits > MAX_BIT_VECTORS:
         return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
+    if problem.cascade:
+        return "reads no cascade"
     return None if problem.uniform else "takes uniform codes, not a codebook"
 
 
@@ -161,7 +131,7 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"runs on a GPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
-    return _triton_problem()
+    return requirements.triton_problem() or requirements.gpu_problem(problem.device_index)
 
 
 def _triton_cost(problem: Problem) -> float:
@@ -178,7 +148,7 @@ def _triton_bits_supports(problem: Problem) -> str | None:
         return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
     if problem.columns % WORD_COLUMNS or problem.group_size % WORD_COLUMNS:
         return f"takes rows and groups of multiples of {WORD_COLUMNS} columns, not of {problem.columns} and {problem.group_size}"
-    return _triton_problem() if problem.uniform else "takes uniform codes, not a codebook"
+    return _triton_supports(problem) if problem.uniform else "takes uniform codes, not a codebook"
 
 
 def _triton_bits_cost(problem: Problem) -> float:
@@ -191,10 +161,29 @@ def _reference_bytes(problem: Problem) -> float:
     return problem.packed_bytes + problem.rows * problem.columns * (1 + 1 + 4 * 6)
 
 
+# Imported where they are called: sympy takes half a second.
+def _cpu_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import products
+
+    return products.cpu(problem, device)
+
+
+def _triton_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import triton_linear
+
+    return triton_linear.works(problem, device)
+
+
+def _reference_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import products
+
+    return products.reference(problem, device)
+
+
 KERNELS = (
     Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors", rounds=True),
-    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", rounds=True),
-    Kernel("triton", "_triton", _triton_supports, _triton_cost, "words", rounds=True),
+    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", _cpu_works, rounds=True),
+    Kernel("triton", "_triton", _triton_supports, _triton_cost, "words", _triton_works, rounds=True),
     Kernel("triton-bits", "_triton_bits", _triton_bits_supports, _triton_bits_cost, rounds=True),
-    Kernel("reference", "", lambda problem: None, _reference_bytes),
+    Kernel("reference", "", lambda problem: None, _reference_bytes, "planes", _reference_works),
 )

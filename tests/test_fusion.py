@@ -197,6 +197,22 @@ def test_an_x_that_is_written_between_siblings():
     assert not compiled.fusions["siblings"] and compiled.error < 1e-5
 
 
+def test_a_bias_that_is_written_behind_its_product():
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(24, 24) / 5)
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            bias = bias.clone()
+            y = functional.linear(x, self.weight, bias)
+            bias.add_(1)
+            return functional.relu(y)
+
+    compiled = Compiled(Written(), torch.randn(3, 24), torch.randn(24))
+    assert not compiled.fusions and compiled.error < 1e-5
+
+
 def test_a_norm_of_bfloat16_stays_apart():
     """Between its steps it rounds, which the fused one would not."""
     compiled = Compiled(nn.Sequential(Norm(24), nn.Linear(24, 30)).bfloat16(), torch.randn(3, 24).bfloat16())

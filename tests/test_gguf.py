@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -26,7 +27,11 @@ KINDS = {
 }  # fmt: skip
 
 
-@given(st.sampled_from(sorted(TYPES)), st.integers(1, 40), st.integers(1, 5), st.booleans(), SEEDS)
+K_QUANTS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where a block's units are
+HALF = 2.0**-11  # the relative error of a number rounded to float16
+
+
+@given(st.sampled_from(sorted(TYPES.keys() - K_QUANTS.keys())), st.integers(1, 40), st.integers(1, 5), st.booleans(), SEEDS)
 def test_values_are_those_of_gguf(kind: str, rows: int, blocks: int, shuffled: bool, seed: int) -> None:
     weight = normal((rows, 32 * blocks), seed).numpy()
     data = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
@@ -37,6 +42,37 @@ def test_values_are_those_of_gguf(kind: str, rows: int, blocks: int, shuffled: b
     assert torch.equal(packed.dequantize(), wanted if order is None else wanted[order])
     assert torch.equal(packed.laid_out("tiled").dequantize(), packed.dequantize())
     assert packed.nbytes == data.nbytes + 4  # and a global scale
+    assert packed.error == 0
+
+
+def k_quants(kind: str, rows: int, blocks: int, seed: int) -> Any:
+    """Any bytes at all, but for the units, which are small numbers."""
+    random = np.random.default_rng(seed)
+    data = random.integers(0, 256, (rows * blocks, TYPES[kind].nbytes), dtype=np.uint8)
+    for at in K_QUANTS[kind]:
+        data[:, at : at + 2] = random.normal(scale=0.01, size=(rows * blocks, 1)).astype(np.float16).view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+@given(st.sampled_from(sorted(K_QUANTS)), st.integers(1, 20), st.integers(1, 2), st.booleans(), SEEDS)
+def test_codes_of_k_quants_are_those_of_gguf(kind: str, rows: int, blocks: int, shuffled: bool, seed: int) -> None:
+    data = k_quants(kind, rows, blocks, seed)
+    wanted = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind])).double()
+    order = torch.randperm(rows) if shuffled else torch.arange(rows)
+    packed = packed_of(torch.from_numpy(data), kind, order)
+    found = packed.dequantize(torch.float64)
+    # A step and a minimum are rounded, and nothing else. A value is at most the largest step times the largest level, and a
+    # minimum.
+    step, minimum = packed.operands[1].double().abs(), None if packed.config.symmetric else packed.operands[2].double().abs()
+    levels = 2 ** (packed.config.bits - 1) if minimum is None else 2**packed.config.bits - 1
+    unit = packed.operands[-1].double()
+    most = (step * levels + (0 if minimum is None else minimum)) * HALF + 2.0**-25 * levels  # the latter where it is subnormal
+    bound = (most * unit).repeat_interleave(packed.config.group_size, 1) * (1 + HALF) + wanted[
+        order
+    ].abs() * 2.0**-23  # theirs: float32
+    assert bool(((found - wanted[order]).abs() <= bound).all())
+    error = float((found - wanted[order]).square().sum() / wanted.square().sum())
+    assert packed.error == pytest.approx(error, rel=1e-3, abs=1e-13)
 
 
 def write(path: Path, **changes: str) -> Path:

@@ -18,20 +18,17 @@ UNIT_ROUNDOFF = 2**-24  # of float32
 # All that stays in float, by architecture, and why. Anything else there would be a silent fallback.
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "Whisper": {
-        "model.encoder.conv1": "used by conv1d",
-        "model.encoder.conv2": "used by conv1d",
         # An nn.Embedding, but its forward pass is weight[start:stop], which is added.
         "model.decoder.embed_positions": "used by getitem",
     },
     "ViT": {
-        "vit.embeddings.patch_embeddings.projection": "used by conv2d",
         "vit.embeddings.cls_token": "used by cat",
         "vit.embeddings.position_embeddings": "used by add",
     },
     "Mamba": {
         f"backbone.layers.{layer}.mixer.{name}": reason
         for layer in range(2)
-        for name, reason in (("conv1d", "used by conv1d"), ("A_log", "used by exp"))
+        for name, reason in (("conv1d", "used by a depthwise convolution"), ("A_log", "used by exp"))
     },
 }
 

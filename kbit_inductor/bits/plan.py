@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from kbit_inductor.atomic import replacing
 from kbit_inductor.config import Config
 from kbit_inductor.errors import UnmatchedOverrideError
 
@@ -94,8 +95,9 @@ class Plan:
         return dataclasses.replace(self, layers=tuple(layers), verdict=self.verdict + "; edited")
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, to be read and edited."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write it as JSON, to be read and edited, in place of what is there."""
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -2,62 +2,55 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import enum
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from kbit_inductor.bits import Plan, plan
 from kbit_inductor.cli import doctor as machine
-from kbit_inductor.cli.files import new_folder, open_model, open_tokenizer
-from kbit_inductor.config import Config
-from kbit_inductor.errors import InvalidOptionError, KbitError
+from kbit_inductor.cli.bench import bench
+from kbit_inductor.cli.chat import chat
+from kbit_inductor.cli.evaluate import evaluate
+from kbit_inductor.cli.files import check_new, need_tokenizer, new_folder, open_model, open_tokenizer
+from kbit_inductor.cli.options import Json, Options, Source, config_of, console, reported, show
+from kbit_inductor.cli.text import pieces
+from kbit_inductor.debug.bisect import bisect as bisect_model
 from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
+from kbit_inductor.models.export import export
+from kbit_inductor.models.exporters.gguf import to_gguf
+from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="k-bit models: make, look into and run them.")
-console = Console()
-EXAMPLE_TOKENS = 8  # of a prompt that explain runs the model on
+EXAMPLE_TOKENS = 8  # of a text that a model is run on where any will do
 
-Source = Annotated[Path, typer.Argument(help="A folder written by kbit or by Hugging Face, or a .gguf file.", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="An option of docs/options.md as NAME=VALUE, in JSON or as a word: -o bits=3."),
-]
 Text = Annotated[Path | None, typer.Option(help="A text file to calibrate on, one sample for each line.", show_default=False)]
 
+Device = Annotated[
+    str | None,
+    typer.Option(help="Tell expected times on this device: h200, a100, cpu, cuda, …", show_default=False),
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Bits by layer, written by kbit plan.", show_default=False)]
 Output = Annotated[Path | None, typer.Option(help="Where to write the plan, for kbit quantize --plan.", show_default=False)]
 
 
-@contextlib.contextmanager
-def reported(as_json: bool) -> Iterator[None]:
-    """Mistakes as a line on stderr, or as JSON on stdout, and an exit code."""
-    try:
-        yield
-    except (KbitError, OSError) as error:
-        if as_json:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        else:
-            print(f"kbit: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("kbit: interrupted; nothing is left half written", file=sys.stderr)
-        raise typer.Exit(130) from None
+class Form(str, enum.Enum):
+    """What ``convert`` writes."""
+
+    KBIT = "kbit"
+    GGUF = "gguf"
+    GPTQ = "gptq"
 
 
 @app.command()
@@ -68,24 +61,35 @@ def quantize(
 ) -> None:  # fmt: skip
     """Pack the weights of a model and save it."""
     with reported(as_json):
-        config = _config(option)
+        config = config_of(option)
         if plan_file is not None:
             config = Plan.load(plan_file).apply(config)
         with new_folder(target, force) as folder:
             model, tokenizer = open_model(source), open_tokenizer(source)
             quantize_(model, config, _lines(text), tokenizer=tokenizer)
-            _write(model, tokenizer, folder)
-        _show(_sizes(model), as_json)
+            save(model, folder)
+            _save_tokenizer(tokenizer, folder)
+        show(_sizes(model), as_json)
 
 
 @app.command()
-def convert(source: Source, target: Target, force: Force = False, as_json: Json = False) -> None:
-    """Take a model over as it is, the packed weights of a GGUF file for one, and save it."""
+def convert(
+    source: Source, target: Target,
+    to: Annotated[Form, typer.Option(help="What to write: a folder of kbit or of GPTQ, or a GGUF file.")] = Form.KBIT,
+    force: Force = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Take a model over as it is, packed weights of GGUF, GPTQ, AWQ and others among them, and save it."""
     with reported(as_json):
-        with new_folder(target, force) as folder:
+        if to is Form.GGUF:
+            check_new(target, force)
             model = open_model(source)
-            _write(model, open_tokenizer(source), folder)
-        _show(_sizes(model), as_json)
+            to_gguf(model, target, like=source if source.suffix == ".gguf" else None)
+        else:
+            with new_folder(target, force) as folder:
+                model = open_model(source)
+                (save if to is Form.KBIT else to_gptq)(model, folder)
+                _save_tokenizer(open_tokenizer(source), folder)
+        show(_sizes(model), as_json)
 
 
 @app.command()
@@ -95,17 +99,16 @@ def dequantize(source: Source, target: Target, force: Force = False, as_json: Js
         with new_folder(target, force) as folder:
             model: Any = dequantize_(open_model(source))
             model.save_pretrained(folder)
-            if (tokenizer := open_tokenizer(source)) is not None:
-                tokenizer.save_pretrained(folder)
-        _show(_sizes(model), as_json)
+            _save_tokenizer(open_tokenizer(source), folder)
+        show(_sizes(model), as_json)
 
 
 @app.command()
-def explain(source: Source, option: Options = None, as_json: Json = False) -> None:
+def explain(source: Source, option: Options = None, device: Device = None, as_json: Json = False) -> None:
     """Say what becomes of each layer, and why."""
     with reported(as_json):
         model = open_model(source)
-        found = explain_model(model, torch.arange(1, 1 + EXAMPLE_TOKENS)[None], config=_config(option))
+        found = explain_model(model, _example(1), config=config_of(option), device=device)
         if as_json:
             plain = dataclasses.replace(found, fusions=dict(found.fusions))  # asdict takes a Counter apart
             print(json.dumps(dataclasses.asdict(plain)))
@@ -121,7 +124,7 @@ def plan_bits(
 ) -> None:  # fmt: skip
     """Choose bits for each layer under a budget: -o average_bits=3.5, or -o memory_budget="90 MB"."""
     with reported(as_json):
-        config = _config(["bits=auto", *(option or [])])
+        config = config_of(["bits=auto", *(option or [])])
         found = plan(open_model(source), config, _lines(text), tokenizer=open_tokenizer(source))
         if output is not None:
             found.save(output)
@@ -142,20 +145,44 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue a prompt, token by token, on the compiled model."""
     with reported(as_json):
-        tokenizer = open_tokenizer(source)
-        if tokenizer is None:
-            raise InvalidOptionError(f"{source} has no tokenizer; put one there by tokenizer.save_pretrained")
+        tokenizer = need_tokenizer(source)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        generator = Generator(open_model(source), ids.shape[1] + max_new_tokens, _config(option))
+        generator = Generator(open_model(source), ids.shape[1] + max_new_tokens, config_of(option))
         tokens: list[int] = []
-        shown = ""
-        for token in generator.stream(ids, max_new_tokens, temperature=temperature, seed=seed):
-            tokens.append(int(token[0]))
-            written = tokenizer.decode(tokens, skip_special_tokens=True)
-            if not as_json and not written.endswith("�"):  # the bytes of a character may come in several tokens
-                print(written[len(shown) :], end="", flush=True)
-                shown = written
+        for piece in pieces(generator.stream(ids, max_new_tokens, temperature=temperature, seed=seed), tokenizer, tokens):
+            if not as_json:
+                print(piece, end="", flush=True)
         print(json.dumps({"text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens}) if as_json else "")
+
+
+@app.command()
+def bisect(
+    source: Source,
+    folder: Annotated[Path, typer.Option(help="Where a program that shows the fault is written.")] = Path("kbit-repro"),
+    option: Options = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Find the pass and the layer that break a model; exits with 1 when there are."""
+    with reported(as_json):
+        culprit = bisect_model(open_model(source), _example(1), config_of(option), folder)
+        found = {"broken": culprit is not None} | ({} if culprit is None else dataclasses.asdict(culprit))
+        show({name: str(value) if isinstance(value, Path) else value for name, value in found.items()}, as_json)
+    if culprit is not None:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_package(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="The package to write, a file of the name *.pt2.", show_default=False)],
+    option: Options = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compile a packed model to a package that runs without Python (docs/deploy.md); with -o, packed so before."""
+    with reported(as_json):
+        model = open_model(source)
+        if option:
+            quantize_(model, config_of(option))
+        export(model, {"input_ids": _example(2), "use_cache": False}, target)
+        show({"package_bytes": target.stat().st_size, **_sizes(model)}, as_json)
 
 
 @app.command()
@@ -175,27 +202,22 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _config(options: list[str] | None) -> Config:
-    given = {}
-    for option in options or []:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise InvalidOptionError(f"--option {option!r} is not NAME=VALUE; write bits=3 for one")
-        try:
-            given[name] = json.loads(value)
-        except ValueError:
-            given[name] = value
-    return Config.from_options(given)
+app.command("eval")(evaluate)
+app.command()(chat)
+app.command()(bench)
+
+
+def _example(batch: int) -> Tensor:
+    return torch.arange(1, 1 + EXAMPLE_TOKENS).expand(batch, -1).contiguous()
 
 
 def _lines(text: Path | None) -> list[str] | None:
     return None if text is None else [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    save(model, folder)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
@@ -210,13 +232,3 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
         "bits_per_packed_weight": round(bits, 3),
         "float_bytes": floats,
     }
-
-
-def _show(found: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(found))
-        return
-    table = Table(show_header=False)
-    for name, value in found.items():
-        table.add_row(name.replace("_", " "), f"{value:,}")
-    console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -13,6 +14,7 @@ import torch
 
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.lowering.registry import cpu_library_problem
+from kbit_inductor.lowering.requirements import gpu_problem, triton_problem
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ def _cpu() -> Iterator[Check]:
 
 
 def _gpu() -> Iterator[Check]:
-    there = importlib.util.find_spec("triton") is not None
-    yield Check("Triton", "installed" if there else "not installed", there, mend="for kernels on a GPU: pip install triton")
-    gpu = torch.cuda.is_available()
-    found = torch.cuda.get_device_name() if gpu else "none that torch can use"
-    yield Check("GPU", found, gpu, mend="for kernels on a GPU: a torch with CUDA or ROCm, and its driver")
+    problem = triton_problem()
+    found = importlib.import_module("triton").__version__ if problem is None else problem
+    yield Check("Triton", found, problem is None, mend="see the message; without it products on a GPU run on plain PyTorch, slowly")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        yield Check("GPU", "none that torch can use", False, mend="for kernels on a GPU: a torch with CUDA or ROCm, and its driver")
+    for index in range(gpus):
+        problem = gpu_problem(index)
+        mend = "layers on it are computed by the slow reference kernel"
+        yield Check(f"GPU {index}", torch.cuda.get_device_name(index) if problem is None else problem, problem is None, mend=mend)

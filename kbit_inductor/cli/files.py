@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from kbit_inductor.atomic import exchange
 from kbit_inductor.errors import InvalidOptionError, MissingPackageError, NotAModelFolderError
 from kbit_inductor.logs import logger
 from kbit_inductor.models.gguf_model import from_gguf
+from kbit_inductor.models.importers.checkpoint import from_checkpoint, is_packed
 from kbit_inductor.models.modelfile import MANIFEST
 from kbit_inductor.models.saving import load
 
@@ -28,10 +30,10 @@ def need(package: str) -> None:
 
 
 def open_model(source: Path) -> nn.Module:
-    """The causal language model in ``source``: a folder of ``kbit``, one of Hugging Face, or a GGUF file.
+    """The causal language model in ``source``: a folder of ``kbit``, one of Hugging Face, packed by others or not, or a GGUF file.
 
     Raises:
-        NotAModelFolderError: it is none of the three.
+        NotAModelFolderError: it is none of these.
         MissingPackageError: what reads it is not installed.
     """
     need("transformers")
@@ -43,6 +45,9 @@ def open_model(source: Path) -> nn.Module:
         return from_gguf(source)
     if not (source / "config.json").is_file():
         raise NotAModelFolderError(f"{source} has neither {MANIFEST} nor config.json; give a model's folder, or a .gguf file")
+    if is_packed(source):
+        need("accelerate")
+        return from_checkpoint(source)
     import transformers
 
     try:
@@ -66,6 +71,24 @@ def open_tokenizer(source: Path) -> Any:
         return None
 
 
+def check_new(target: Path, force: bool) -> None:
+    """Raise InvalidOptionError where ``target`` is there already, and ``force`` is not given."""
+    if target.exists() and not force:
+        raise InvalidOptionError(f"{target} is there already; give another name, or --force to replace it")
+
+
+def need_tokenizer(source: Path) -> Any:
+    """The tokenizer of the model in ``source``.
+
+    Raises:
+        InvalidOptionError: there is none.
+    """
+    tokenizer = open_tokenizer(source)
+    if tokenizer is None:
+        raise InvalidOptionError(f"{source} has no tokenizer; put one there by tokenizer.save_pretrained")
+    return tokenizer
+
+
 @contextlib.contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
     """A folder to write to, which is ``target`` once all is written, and is gone when anything fails or is interrupted.
@@ -73,8 +96,7 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
     Raises:
         InvalidOptionError: ``target`` is there already, and ``force`` is not given.
     """
-    if target.exists() and not force:
-        raise InvalidOptionError(f"{target} is there already; give another name, or --force to replace it")
+    check_new(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     temporary.chmod(0o755)
@@ -89,12 +111,18 @@ def _move(folder: Path, target: Path) -> None:
     """Put ``folder`` in the place of ``target``, which stays as it was if that fails."""
     if not target.exists():
         folder.replace(target)
-        return
-    old = folder.with_name(folder.name + "-old")
-    target.replace(old)
-    try:
-        folder.replace(target)
-    except BaseException:  # an interrupt too
-        old.replace(target)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    elif exchange(folder, target):
+        _remove(folder)
+    else:
+        old = folder.with_name(folder.name + "-old")
+        target.replace(old)
+        try:
+            folder.replace(target)
+        except BaseException:  # an interrupt too
+            old.replace(target)
+            raise
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

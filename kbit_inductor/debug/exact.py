@@ -127,6 +127,16 @@ def _fused(
     return y if residual is None else residual.double() + y
 
 
+def _fused_words(
+    dense: Dense, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
+    bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = 16,
+) -> Tensor:  # fmt: skip
+    y = ACTIVATIONS[activation](_linear(x, dense[id(words)], bias))
+    y = y if factor is None else y * factor.double()
+    return y if residual is None else residual.double() + y
+
+
 def _attention(dense: Dense, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
     q, k, v = query.double(), key.double(), value.double()
@@ -157,6 +167,7 @@ def _grouped(dense: Dense, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor
 
 WHOLE: Mapping[str, Callable[..., Any]] = {
     "fused_linear_cpu": _fused,
+    "fused_linear_triton": _fused_words,
     "chain_cpu": _chain,
     "decode_attention_cpu": _attention,
 }

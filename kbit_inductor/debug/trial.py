@@ -52,14 +52,14 @@ class Trial:
         """What ``gm`` returns and writes to its inputs; the value of each node goes to ``recorder``."""
         arguments = self._arguments(gm, context)
         with isolated():
-            return [*leaves(_Recording(gm, recorder).run(*arguments)), *_written(arguments)]
+            return [*leaves(_Recording(gm, recorder).run(*arguments)), *self._written(arguments)]
 
     def exact(self, gm: fx.GraphModule, context: Context, recorder: dict[str, Any] | None = None) -> list[Any]:
         """What ``gm`` returns and writes in float64, with the weights that packed ones stand for."""
         dense = {id(one.operands[0]): one.dequantize(torch.float64) for one in self.packed}
         with isolated():
             arguments = [widen(argument) for argument in self._arguments(gm, context)]
-            return [*leaves(Exact(gm, dense, recorder).run(*arguments)), *_written(arguments)]
+            return [*leaves(Exact(gm, dense, recorder).run(*arguments)), *self._written(arguments)]
 
     def with_packed_weights(self, context: Context) -> Trial:
         """This trial with each weight as its packed forms stand for it, in float64: the input of a graph that packs none."""
@@ -81,10 +81,10 @@ class Trial:
         given = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), [self.values[node.name] for node in known])
         return [*given, *(packed if len(known) < len(placeholders) else ())]
 
-
-def _written(arguments: Sequence[Any]) -> list[Tensor]:
-    """Those of the copies that the graph wrote to."""
-    return [value for value in arguments if isinstance(value, Tensor) and value._version > 0]
+    def _written(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """Those of the copies that the graph wrote to. Packed operands are none; packing wrote to them."""
+        packed = {id(operand) for one in self.packed for operand in one.operands}
+        return [value for value in arguments if isinstance(value, Tensor) and value._version > 0 and id(value) not in packed]
 
 
 class _Recording(Concrete):

@@ -56,8 +56,8 @@ class Generator:
         huggingface.check(model)
         self.model: Any = model
         self.config = Config.from_options(options, mode)
-        self.batch_size = _at_least("batch_size", batch_size, 1)
-        self.max_length = _at_least("max_length", max_length, 2)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.max_length = at_least("max_length", max_length, 2)
         self._sizes = huggingface.text_config(model)
         known = getattr(self._sizes, "max_position_embeddings", None)
         if known is not None and max_length > known:
@@ -72,24 +72,38 @@ class Generator:
         self._check_mode()
         model, name = self.model, huggingface.cache_argument(self.model)
         # The last token of a text is never read again, so the cache is never full: a full one would be a special case.
-        length = max(self.max_length, EXAMPLE + 3)
+        self._length = max(self.max_length, EXAMPLE + 3)
         with torch.inference_mode(False), huggingface.own_attention(model):
-            buffers = huggingface.empty_cache(model, self.batch_size, length)
+            buffers = huggingface.empty_cache(model, self.batch_size, self._length)
             padding = torch.zeros(self.batch_size, dtype=torch.int64, device=model.device)
             prompt = padding.new_zeros(self.batch_size, EXAMPLE)
-            # How many tokens there are before, as the size of a tensor: sizes are what can be captured as variable.
-            past = padding.new_empty(EXAMPLE)
-            torch._dynamo.mark_dynamic(prompt, 1, min=EXAMPLE, max=length - 1)
-            torch._dynamo.mark_dynamic(past, 0, min=EXAMPLE, max=length - 2)
+            torch._dynamo.mark_dynamic(prompt, 1, min=EXAMPLE, max=self._length - 1)
 
             def read(ids: Tensor, padding: Tensor) -> Tensor:
-                return huggingface.last_logits(model, buffers, name, ids, padding, 0)
-
-            def step(ids: Tensor, padding: Tensor, past: Tensor) -> Tensor:
-                return huggingface.last_logits(model, buffers, name, ids, padding, past.shape[0])
+                return huggingface.last_logits(model, buffers, name, ids, padding, 0)[:, -1]
 
             self._read = self._capture(read, prompt, padding)
-            self._step = self._capture(step, padding.new_zeros(self.batch_size, 1), padding, past)
+        self._buffers = buffers
+        self._step = self._capture_step(1)
+
+    def _capture_step(self, new: int) -> Captured:
+        """The graph for ``new`` tokens after any number of others: the logits of the last, or of each where they are several."""
+        from kbit_inductor import huggingface
+
+        model, name, buffers = self.model, huggingface.cache_argument(self.model), self._buffers
+
+        def step(ids: Tensor, padding: Tensor, past: Tensor) -> Tensor:
+            logits = huggingface.last_logits(model, buffers, name, ids, padding, past.shape[0], ids.shape[1])
+            return logits[:, -1] if ids.shape[1] == 1 else logits
+
+        with torch.inference_mode(False), huggingface.own_attention(model):
+            padding = torch.zeros(self.batch_size, dtype=torch.int64, device=model.device)
+            # How many tokens there are before, as the size of a tensor: sizes are what can be captured as variable.
+            past = padding.new_empty(EXAMPLE)
+            torch._dynamo.mark_dynamic(past, 0, min=EXAMPLE, max=self._length - 1 - new)
+            ids = padding.new_zeros(self.batch_size, new)
+            torch._dynamo.mark_static(ids, 1)  # or it would take what differs between two such graphs for variable
+            return self._capture(step, ids, padding, past)
 
     def _capture(self, function: Callable[..., Tensor], *examples: Tensor) -> Captured:
         try:
@@ -195,11 +209,15 @@ class Generator:
 
     def _begin(self, ids: Tensor, padding: Tensor) -> Tensor:
         """The logits that follow the prompt, which is in the cache afterwards."""
-        if not (self._read.rebind() and self._step.rebind()):
+        if not self._rebind():
             self._compile()
         if ids.shape[1] == 1:
             return self._step(0, ids, padding)
         return self._read(ids.shape[1], ids, padding)
+
+    def _rebind(self) -> bool:
+        """Take the model's weights of now. False where the graphs were compiled for other ones."""
+        return self._read.rebind() and self._step.rebind()
 
     def _check_mode(self) -> None:
         if self.model.training:
@@ -242,12 +260,13 @@ def generate(
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] == 0:
         raise InvalidPromptError("the prompt must be token ids of shape [prompts, tokens], of at least one prompt")
-    count = _at_least("max_new_tokens", max_new_tokens, 1)
+    count = at_least("max_new_tokens", max_new_tokens, 1)
     generator = Generator(model, max(ids.shape[1] + count, 2), options, mode, ids.shape[0])
     return generator.generate(ids, count, **more)
 
 
-def _at_least(option: str, value: int, least: int) -> int:
+def at_least(option: str, value: int, least: int) -> int:
+    """``value`` of ``option``, once it is known to be an integer of ``least`` or more; else InvalidOptionError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidOptionError(f"option {option!r} is {value!r}; give an integer, {least} or more")
     return value

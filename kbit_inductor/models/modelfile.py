@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kbit_inductor.atomic import TEMPORARY, replacing
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import CorruptModelError, FormatVersionError, InvalidOptionError, NotAModelFolderError
+from kbit_inductor.packing import specs_by_name
 
 MANIFEST = "kbit.json"
 FORMAT, VERSION = "kbit-inductor model", 1
@@ -38,7 +39,7 @@ DTYPES = {
         torch.uint8, torch.bool, torch.complex64,
     )
 }  # fmt: skip
-OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook")
+OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook", "cascade")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class StoredWeight:
         dtype: of the float weight.
         error: squared error over squared norm when it was quantized.
         options: those of :class:`LayerConfig` in :data:`OPTIONS`.
+        reordered: whether it has its columns in an order of its own, which is one more tensor.
     """
 
     layers: tuple[str, ...]
@@ -77,6 +79,12 @@ class StoredWeight:
     dtype: str
     error: float
     options: Mapping[str, Any]
+    reordered: bool = False
+
+    @property
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of it, by its name after the layer's."""
+        return specs_by_name(self.rows, self.columns, self.config, reordered=self.reordered)
 
     @property
     def config(self) -> LayerConfig:
@@ -92,9 +100,10 @@ class StoredWeight:
         """
         layers = tuple(_is(str, name) for name in _is(list, found["layers"]))
         size = (_is(int, found["rows"]), _is(int, found["columns"]))
-        options = {name: found["options"][name] for name in OPTIONS}
-        weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options)
-        if not layers or min(size) < 0 or not isinstance(weight.config, LayerConfig):
+        given = {"cascade": False, **found["options"]}  # folders of older releases do not say
+        options = {name: given[name] for name in OPTIONS}
+        weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options, found.get("reordered", False))
+        if not layers or not isinstance(weight.reordered, bool) or min(size) < 0 or not isinstance(weight.config, LayerConfig):
             raise ValueError(f"the weight of {layers} is {size}")
         return weight
 
@@ -165,7 +174,7 @@ class Manifest:
         """Replace the one in ``folder`` in one step, when all is on the disk."""
         found = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         text = json.dumps(found, indent=1)
-        with _replacing(folder / MANIFEST) as temporary:
+        with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @property
@@ -197,8 +206,11 @@ class Writer:
         hashes = {name: sha256(tensor) for name, tensor in self._waiting.items()}
         together = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
         file = f"weights-{hashlib.sha256(together.encode()).hexdigest()[:16]}.safetensors"
-        with _replacing(self._folder / file) as temporary:
-            save_file(_unshared(self._waiting), temporary)
+        with replacing(self._folder / file) as temporary:
+            try:
+                save_file(_unshared(self._waiting), temporary)
+            except SafetensorError as error:  # the disk's own errors too: it is full, for one
+                raise OSError(f"cannot write {self._folder / file}: {error}") from error
         for name, tensor in self._waiting.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.tensors[name] = StoredTensor(file, tuple(tensor.shape), dtype, hashes[name])
@@ -261,24 +273,8 @@ def locked(folder: Path, *, shared: bool) -> Iterator[None]:
 def remove_others(folder: Path, manifest: Manifest) -> None:
     """Remove the files of models that were in ``folder`` before, and what a crash has left."""
     for path in folder.iterdir():
-        if (FILE_NAME.fullmatch(path.name) and path.name not in manifest.files) or path.name.startswith(".kbit-"):
+        if (FILE_NAME.fullmatch(path.name) and path.name not in manifest.files) or path.name.startswith(TEMPORARY):
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to be written, which takes the place of ``path`` when it is on the disk, or is removed on an error."""
-    handle, name = tempfile.mkstemp(prefix=".kbit-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

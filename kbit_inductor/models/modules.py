@@ -2,8 +2,8 @@
 
 The weight is a module of its own, :class:`PackedMatrix`, in the place of the float parameter, so that tied layers can share it. In
 memory it has the layout that the kernel of its device reads, and no other. In a state dict it has the storage format
-(docs/format.md), on every device: ``fc.weight.planes``, ``fc.weight.scale``, ``fc.weight.offset``, ``fc.weight.global_scale`` and
-``fc.weight.codebook``, of which the offset and the codebook are there only where the format has them.
+(docs/format.md), on every device: ``fc.weight.planes``, ``fc.weight.scale``, ``fc.weight.offset``, ``fc.weight.global_scale``,
+``fc.weight.codebook`` and ``fc.weight.order``, of which the offset, the codebook and the order are there only where there are any.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
+from kbit_inductor.logs import logger
 from kbit_inductor.lowering import ops
 from kbit_inductor.lowering.registry import Problem, choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
 
+log = logger("pack")
 INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}  # of the same bytes, which no conversion casts
 
 
@@ -33,11 +35,14 @@ class PackedMatrix(nn.Module):
         packed: one matrix, in any layout.
         rows: N.
         dtype: of the float weight that it stands for, and of the rows of an embedding.
+        order: int32 ``[K]``: column ``j`` of ``packed`` is column ``order[j]`` of the matrix, so that columns that share a scale
+            are neighbours (GPTQ's ``desc_act``). None for the same order.
     """
 
     like: Tensor
+    order: Tensor | None
 
-    def __init__(self, packed: PackedWeight, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, packed: PackedWeight, rows: int, dtype: torch.dtype, order: Tensor | None = None) -> None:
         super().__init__()
         self.config = packed.config
         self.rows = rows
@@ -48,6 +53,7 @@ class PackedMatrix(nn.Module):
             self.register_buffer(name, None, persistent=False)
         # Without elements. It follows every to(), and so knows device and dtype.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=packed.operands[0].device), persistent=False)
+        self.register_buffer("order", order)
         self._hold(packed)
 
     @property
@@ -74,19 +80,21 @@ class PackedMatrix(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The float weight ``[N, K]`` of :attr:`dtype` that the codes stand for."""
-        return self.packed.dequantize(self.dtype)
+        return self._in_order(self.packed.dequantize(self.dtype))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias`` for ``x`` ``[..., K]``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         product: Tensor
         if self.tiled is not None:
             told = (self.rows, self.activation_bits, self.group_size)
             product = torch.ops.kbit.tiled_linear_cpu.default(x, self.tiled, bias, *told)
         else:
-            grid = (self.scale, self.offset, self.global_scale)
-            product = ops.overload("linear", self.suffix)(x, self.planes, *grid, bias, self.group_size, self.codebook)
+            packed = (self.planes, self.scale, self.offset, self.global_scale)
+            product = ops.overload("linear", self.suffix)(x, *packed, bias, *self._form, self.codebook)
         return product
 
     def embedding(self, indices: Tensor) -> Tensor:
@@ -95,10 +103,19 @@ class PackedMatrix(nn.Module):
         if self.tiled is not None:
             rows = torch.ops.kbit.embedding_cpu.default(indices, self.tiled, self.columns, self.dtype)
         else:
-            grid = (self.scale, self.offset, self.global_scale)
-            told = (self.columns, self.group_size, self.dtype, self.codebook)
-            rows = ops.overload("embedding", self.suffix)(indices, self.planes, *grid, *told)
-        return rows
+            packed = (self.planes, self.scale, self.offset, self.global_scale)
+            told = (self.columns, *self._form, self.dtype, self.codebook)
+            rows = ops.overload("embedding", self.suffix)(indices, *packed, *told)
+        return self._in_order(rows)
+
+    def _in_order(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[..., K]`` of the packed matrix with their columns where the matrix has them."""
+        return rows if self.order is None else rows.index_select(-1, self.order.argsort())
+
+    @property
+    def _form(self) -> tuple[int, ...]:
+        """How the codes are packed, as the operators of the layout are told."""
+        return (self.config.bits, self.group_size) if self.layout == "words" else (self.group_size,)
 
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
@@ -108,8 +125,16 @@ class PackedMatrix(nn.Module):
         """Take ``packed`` for one's own, laid out for the kernel that is chosen for this device and dtype."""
         self.activation_bits = self.config.activation_bits_on(self.device.type)
         sizes = (self.rows, self.columns, self.config.bits, self.group_size, self.config.levels() is None)
-        choice = choose(Problem("linear", self.device.type, self.dtype, *sizes, self.activation_bits))
+        self.problem = Problem(
+            "linear", self.device.type, self.dtype, *sizes, self.activation_bits,
+            device_index=self.device.index or 0, symmetric=self.config.symmetric, cascade=self.config.cascade,
+        )  # fmt: skip
+        choice = choose(self.problem)
         self.kernel, self.suffix, self.rejected = choice.kernel.name, choice.kernel.suffix, choice.rejected
+        if self.config.cascade and choice.kernel.layout != "tiled":
+            log.warning("a cascade has become a weight of %d bits: kernel %s reads no first planes", self.config.bits, self.kernel)
+            packed = packed.leading(self.config.bits)
+            self.config = packed.config
         self._set(packed.laid_out(choice.kernel.layout))
 
     def _set(self, packed: PackedWeight) -> None:
@@ -124,7 +149,7 @@ class PackedMatrix(nn.Module):
         like = fn(self.like)
         if like.device.type != self.device.type:
             self._set(self.packed.laid_out("planes"))
-        for name in ("tiled", *STORED):
+        for name in ("tiled", *STORED, "order"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, _converted(tensor, fn))
         self.like = like
@@ -140,12 +165,18 @@ class PackedMatrix(nn.Module):
             operands: tuple[Tensor, ...] = self.packed.operands
         else:
             source, made = self.__dict__.get("_made", (None, ()))
-            known = tuple(reference() for reference in made)
-            if source is None or source() is not self.tiled or None in known:
+            known, held = tuple(reference() for reference in made), self.packed.operands[0]
+            if source is None or source() is not held or None in known:
                 known = self.packed.laid_out("planes").operands
-                self.__dict__["_made"] = weakref.ref(self.tiled), tuple(map(weakref.ref, known))
+                self.__dict__["_made"] = weakref.ref(held), tuple(map(weakref.ref, known))
             operands = known
-        return {name: t for name, t in zip(STORED, plane_operands(operands, self.config), strict=True) if t is not None}
+        named = zip((*STORED, "order"), (*plane_operands(operands, self.config), self.order), strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    @property
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each of :meth:`stored`."""
+        return specs_by_name(self.rows, self.columns, self.config, reordered=self.order is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_made"}
@@ -157,7 +188,7 @@ class PackedMatrix(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        specs = specs_by_name(self.rows, self.columns, self.config)
+        specs = self.specs
         given = {name: state_dict[prefix + name] for name in specs if prefix + name in state_dict}
         missing_keys += [prefix + name for name in specs if name not in given]
         if strict:
@@ -169,6 +200,8 @@ class PackedMatrix(nn.Module):
             error_msgs.append(f"{prefix + name} is {found}; this layer, of {self.config}, has {shape} of {dtype}")
         if given.keys() == specs.keys() and not wrong:
             operands = tuple(given[name].detach().to(self.device, copy=True) for name in specs)
+            if self.order is not None:
+                *operands, self.order = operands
             self._hold(PackedWeight(operands, self.config, self.columns, self.error))
 
 

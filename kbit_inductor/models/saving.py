@@ -29,7 +29,7 @@ from kbit_inductor.models.modelfile import (
 )
 from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.models.surgery import packed_matrices, packed_module
-from kbit_inductor.packing import PackedWeight, specs_by_name
+from kbit_inductor.packing import PackedWeight
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import Levels
 from kbit_inductor.release import MEND, is_released, trim_heap
@@ -153,7 +153,7 @@ def stored_weight(matrix: PackedMatrix, layers: list[str]) -> StoredWeight:
     """What is written of the packed weight of ``layers`` beside its operands."""
     options = {name: getattr(matrix.config, name) for name in OPTIONS}
     dtype = str(matrix.dtype).removeprefix("torch.")
-    return StoredWeight(tuple(layers), matrix.rows, matrix.columns, dtype, matrix.error, options)
+    return StoredWeight(tuple(layers), matrix.rows, matrix.columns, dtype, matrix.error, options, matrix.order is not None)
 
 
 def _description(model: nn.Module) -> Mapping[str, Any] | None:
@@ -182,9 +182,8 @@ def _put_packed(model: nn.Module, weight: StoredWeight, reader: Reader, device: 
     """Read one packed weight and put it where it belongs."""
     first = weight.layers[0]
     places = [(name, *place_of(model, name, weight)) for name in weight.layers]
-    names = list(specs_by_name(weight.rows, weight.columns, weight.config))
-    tensors = reader.read([f"{first}.weight.{name}" for name in names])
-    matrix = packed_matrix(weight, {name: tensors[f"{first}.weight.{name}"] for name in names}, device)
+    tensors = reader.read([f"{first}.weight.{name}" for name in weight.specs])
+    matrix = packed_matrix(weight, {name: tensors[f"{first}.weight.{name}"] for name in weight.specs}, device)
     made: dict[nn.Module, nn.Module] = {}
     for _, parent, key, module in places:
         if module not in made:
@@ -196,18 +195,21 @@ def packed_matrix(weight: StoredWeight, operands: Mapping[str, Tensor], device: 
     """The weight on ``device`` whose ``operands`` were read, by their names in the storage format and in its order.
 
     Raises:
-        CorruptModelError: they do not fit what is said of it, or the codebook is another one.
+        CorruptModelError: they do not fit what is said of it, the codebook is another one, or the order is none.
     """
     config, first = weight.config, weight.layers[0]
-    specs = specs_by_name(weight.rows, weight.columns, config)
     for name, tensor in operands.items():
-        if (tuple(tensor.shape), tensor.dtype) != specs[name]:
+        if (tuple(tensor.shape), tensor.dtype) != weight.specs[name]:
             raise CorruptModelError(f"{first}.weight.{name} is {tuple(tensor.shape)} of {tensor.dtype}, which fits no {config}")
     levels = Levels(config.bits, config.levels()).table(torch.device("cpu"))
     if levels is not None and not torch.equal(operands["codebook"].cpu(), levels):
         raise CorruptModelError(f"{first}.weight.codebook is not the codebook {config.codebook!r}; save the model again")
-    packed = PackedWeight(tuple(tensor.to(device) for tensor in operands.values()), config, weight.columns, weight.error)
-    return PackedMatrix(packed, weight.rows, DTYPES[weight.dtype])
+    order = operands.get("order")
+    if order is not None and not torch.equal(order.cpu().sort().values, torch.arange(weight.columns, dtype=torch.int32)):
+        raise CorruptModelError(f"{first}.weight.order is no order of {weight.columns} columns; save the model again")
+    kept = tuple(tensor.to(device) for name, tensor in operands.items() if name != "order")
+    packed = PackedWeight(kept, config, weight.columns, weight.error)
+    return PackedMatrix(packed, weight.rows, DTYPES[weight.dtype], None if order is None else order.to(device))
 
 
 def place_of(model: nn.Module, name: str, weight: StoredWeight) -> tuple[nn.Module, str, nn.Module]:

@@ -51,7 +51,9 @@ class Call:
     @classmethod
     def of(cls, node: Any) -> Call | None:
         """The call that ``node`` is, if what it reads and gives is written to by nothing: only then may it move."""
-        if not isinstance(node, fx.Node) or node.target is not FUSED or not (is_constant(node) and is_constant(node.args[0])):
+        if not isinstance(node, fx.Node) or node.target is not FUSED:
+            return None
+        if not all(is_constant(each) for each in (node, *node.all_input_nodes)):
             return None
         return cls(*(list(a) if isinstance(a, (list, tuple)) else a for a in node.args))  # type: ignore[arg-type]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ def lower_marks(context: Context) -> None:
     inputs: dict[tuple[int, Form], list[fx.Node]] = {}
     for use in context.uses:
         choice = _choose(context, use)
+        use.m = _rows_of_x(use)
         calibration = context.config.calibration
-        packed_form = form(use.view, _config(use).storage(), choice.kernel.layout, calibration and calibration.key)
+        packed_form = form(use.view, _stored(context, use, choice), choice.kernel.layout, calibration and calibration.key)
         key = (use.weight.argument, packed_form)
         if key not in inputs:
             inputs[key] = _add_inputs(context, use, packed_form)
@@ -37,6 +40,17 @@ def _config(use: Use) -> LayerConfig:
     if use.weight.config is None:
         raise LookupError(f"{use.weight.name} was matched although it stays in float")
     return use.weight.config
+
+
+def _stored(context: Context, use: Use, choice: Choice) -> LayerConfig:
+    """How the weight is stored: only the CPU's kernel of one matrix reads a cascade."""
+    config = _config(use).storage()
+    if not config.cascade or (choice.kernel.layout == "tiled" and use.batch is None):
+        return config
+    context.explain(
+        use.weight, f"no cascade: kernel {choice.kernel.name} reads all bits of {'a' if use.batch is None else 'each'} matrix"
+    )
+    return dataclasses.replace(config, cascade=False)
 
 
 def _choose(context: Context, use: Use) -> Choice:
@@ -52,6 +66,9 @@ def _choose(context: Context, use: Use) -> Choice:
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
             activation_bits=_activation_bits(use),
+            device_index=use.weight.value.device.index or 0,
+            symmetric=layer.symmetric,
+            cascade=layer.cascade and use.batch is None,
         ),
         kernels(),
     )
@@ -62,6 +79,14 @@ def _choose(context: Context, use: Use) -> Choice:
 
 def _activation_bits(use: Use) -> int:
     return _config(use).activation_bits_on(use.weight.value.device.type)
+
+
+def _rows_of_x(use: Use) -> int | torch.SymInt | None:
+    x = use.node.args[0]
+    value = x.meta.get(VALUE) if isinstance(x, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    return math.prod(value.shape if use.family == "embedding" else value.shape[:-1])
 
 
 def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:

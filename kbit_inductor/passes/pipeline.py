@@ -12,6 +12,7 @@ from kbit_inductor.capture import Context
 from kbit_inductor.errors import InvalidPassError
 from kbit_inductor.passes.chain import chain
 from kbit_inductor.passes.cleanup import drop_unused_weights
+from kbit_inductor.passes.epilogue import fuse_epilogues
 from kbit_inductor.passes.expand import expand_weight_calls
 from kbit_inductor.passes.fuse import fuse
 from kbit_inductor.passes.lower import lower_marks
@@ -32,6 +33,7 @@ def _pack(gm: fx.GraphModule, context: Context) -> None:
 
 def _fuse(gm: fx.GraphModule, context: Context) -> None:
     fuse(context)
+    fuse_epilogues(context)
 
 
 def _chain(gm: fx.GraphModule, context: Context) -> None:

@@ -1,23 +1,29 @@
 """Find products and look-ups with a constant weight and mark them. No weight's value is read.
 
-A match replaces the node by :func:`packed_linear` or :func:`packed_embedding` on the weight's own placeholder; pattern and
-replacement of each operator stand side by side. :mod:`kbit_inductor.passes.lower` turns the marks into operators.
+Pattern and replacement of each operator stand side by side; convolutions have a module of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Use
-from kbit_inductor.views import Strides, WeightView, first_matrix, transposed
+from kbit_inductor.passes.convolutions import convolution
+from kbit_inductor.passes.rewriter import (
+    Batch,
+    Rewriter,
+    located,
+    packed_batched_linear,
+    packed_embedding,
+    packed_grouped_linear,
+)
+from kbit_inductor.views import Strides, first_matrix, transposed
 
 aten = torch.ops.aten
 LINEARS = (functional.linear, aten.linear.default)
@@ -34,94 +40,6 @@ SPELLED = (
     "mm",
     "bmm",
 )
-
-
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Marks ``linear(x, view of weight, bias)`` in a graph; it is lowered and never called."""
-    raise NotImplementedError
-
-
-def packed_embedding(indices: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Marks ``embedding(indices, weight)`` in a graph; it is lowered and never called."""
-    raise NotImplementedError
-
-
-def packed_batched_linear(x: Tensor, weight: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Marks ``x[i] @ view of weight[index[i]].T`` for each entry of ``x`` ``[B, M, K]``; it is lowered and never called."""
-    raise NotImplementedError
-
-
-def packed_grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Marks ``grouped_mm(x, view of weight.mT, offsets)``; it is lowered and never called."""
-    raise NotImplementedError
-
-
-class Rewriter:
-    """Builds the nodes that replace one matched node, just before it."""
-
-    def __init__(self, context: Context, node: fx.Node) -> None:
-        self.context = context
-        self.node = node
-
-    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """A node that calls ``target``."""
-        created = self.context.graph.call_function(target, args)
-        created.meta = {key: value for key, value in self.node.meta.items() if key != VALUE}
-        return created
-
-    def linear(self, x: Any, matrix: fx.Node, window: Strides, bias: Any = None) -> fx.Node:
-        """``x @ matrix.T + bias`` where ``window`` says where the ``[N, K]`` matrix lies in the memory of node ``matrix``."""
-        weight, view, memory, _ = _located(self.context, matrix)
-        marked = self.call(packed_linear, x, weight.node, bias, self.node.meta[VALUE].dtype)
-        rows, columns = window.size
-        self.context.uses.append(Use("linear", weight, view.then(memory, window), rows, columns, marked))
-        return marked
-
-    def batched(self, mark: Callable[..., Any], x: Any, batch: Batch, where: Any) -> fx.Node:
-        """``x`` times the matrices ``[E, N, K]`` of ``batch``, as ``mark`` has it: which of them, ``where`` says."""
-        count, rows, columns = batch.window.size
-        marked = self.call(mark, x, batch.weight.node, where, self.node.meta[VALUE].dtype)
-        family = mark.__name__.removeprefix("packed_")
-        view = batch.view.then(batch.memory, batch.window)
-        self.context.uses.append(Use(family, batch.weight, view, rows, columns, marked, count))
-        return marked
-
-    def sum(self, product: fx.Node, alpha: Any, other: Any, beta: Any) -> fx.Node:
-        """``alpha * product + beta * other``, without the factors that are 1."""
-        scaled = product if alpha == 1 else self.call(aten.mul.Scalar, product, alpha)
-        if beta == 0:
-            return scaled
-        return self.call(aten.add.Tensor, scaled, other if beta == 1 else self.call(aten.mul.Scalar, other, beta))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Matrices of a weight: ``window`` says where they lie in ``memory``, a layout of the part of it that ``view`` shows.
-
-    ``index`` is the node of the positions of those that are picked, or None for all in order.
-    """
-
-    weight: GraphWeight
-    view: WeightView
-    memory: Strides
-    window: Strides
-    index: fx.Node | None
-
-    @classmethod
-    def of(cls, context: Context, node: Any) -> Batch | None:
-        """The batch that ``node`` is, if it is a view of a weight or of a selection with three dimensions."""
-        if (picked := context.selected(node)) is not None:
-            selection, window = picked
-            return cls(selection.weight, selection.view, selection.layout, window, selection.index)
-        located = context.locate(node)
-        if located is None or len(located[3].size) != 3 or not located[3].size[0]:
-            return None
-        return cls(*located, None)
-
-    @property
-    def transposed(self) -> Batch:
-        """The same with each matrix transposed."""
-        return dataclasses.replace(self, window=transposed(self.window))
 
 
 def match_products(context: Context) -> None:
@@ -164,13 +82,6 @@ def _is_parameter(node: fx.Node) -> bool:
 
 def _weights_of(context: Context, node: fx.Node) -> list[fx.Node]:
     return [operand for operand in node.all_input_nodes if context.weight_of(operand) is not None]
-
-
-def _located(context: Context, node: fx.Node) -> tuple[GraphWeight, WeightView, Strides, Strides]:
-    located = context.locate(node)
-    if located is None:
-        raise LookupError(f"{node} is no view of a weight")
-    return located
 
 
 def _window(rewriter: Rewriter, node: Any, dims: int) -> Strides | None:
@@ -265,7 +176,7 @@ def _embedding(
     context, window = rewriter.context, _window(rewriter, weight, 2)
     if window is None:
         return None
-    table, view, memory, _ = _located(context, weight)
+    table, view, memory, _ = located(context, weight)
     if max_norm is not None:
         context.explain(table, "max_norm rescales its rows at every call")
         return None
@@ -285,6 +196,7 @@ PRODUCTS: dict[Any, Rule] = {
     aten.mv.default: _mv,
     aten.addmv.default: _addmv,
     aten._grouped_mm.default: _grouped_mm,
+    aten.convolution.default: convolution,
 }
 # Of other libraries, by name: what transformers calls for its experts where grouped_mm does not take their dtype.
 FOREIGN: dict[str, Rule] = {"transformers::grouped_mm_fallback": _transformers_grouped_mm}

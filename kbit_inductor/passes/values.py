@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,22 +21,23 @@ def infer_values(gm: fx.GraphModule, context: Context) -> None:
         if VALUE in node.meta or node.op not in (*CALLS, "get_attr"):
             continue
         if all(VALUE in operand.meta for operand in node.all_input_nodes):
-            node.meta[VALUE] = call_fake(gm, context, node)
+            node.meta[VALUE] = _value(gm, context, node)
 
 
-def call_fake(gm: fx.GraphModule, context: Context, node: fx.Node) -> Any:
-    """What ``node`` computes from the fake values of its operands."""
-    mode = context.fake_mode()
+def call_fake(context: Context, node: fx.Node, function: Callable[..., Any] | None = None) -> Any:
+    """What ``node``, a call, computes from the fake values of its operands; ``function`` is what it calls if it does not say."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta[VALUE])
-    if node.op == "get_attr":
-        attribute = _attribute(gm, str(node.target))
-        return mode.from_tensor(attribute) if isinstance(attribute, Tensor) else attribute
-    with mode:
+    with context.fake_mode():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_module":
-            return gm.get_submodule(str(node.target))(*args, **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return (function or node.target)(*args, **kwargs)  # type: ignore[operator]
+
+
+def _value(gm: fx.GraphModule, context: Context, node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        attribute = _attribute(gm, str(node.target))
+        return context.fake_mode().from_tensor(attribute) if isinstance(attribute, Tensor) else attribute
+    return call_fake(context, node, gm.get_submodule(str(node.target)) if node.op == "call_module" else None)
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kbit_inductor.quantizers.cascade import Nested, cascade
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.codebooks import CODEBOOK_NAMES, Codebook, codebook
 from kbit_inductor.quantizers.format import Format
@@ -19,9 +20,11 @@ __all__ = [
     "Codebook",
     "Format",
     "Levels",
+    "Nested",
     "Quantized",
     "Quantizer",
     "Statistics",
+    "cascade",
     "clip",
     "codebook",
     "gptq",

@@ -41,7 +41,8 @@ class Grid:
             codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(packed.operands[0])
             offset, codebook = None if packed.config.symmetric else zero, levels if levels.numel() else None
         else:
-            planes, scale, offset, global_scale, codebook = plane_operands(packed.operands, packed.config)
+            operands = packed.laid_out("planes").operands
+            planes, scale, offset, global_scale, codebook = plane_operands(operands, packed.config)
             codes = unpack_codes(planes, packed.columns)
         group_size = packed.config.group_columns(packed.columns)
         group = torch.arange(packed.columns) // group_size

@@ -69,8 +69,8 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     planes = "weight" not in told
     where = args[5 if planes else 2]
     bits = told.get("activation_bits", 16)
-    if planes and bits == 16:
-        bits = None  # only kernels of the CPU round to 16
+    if planes:
+        bits = _rounding(bits)
     grid: Any = grids[id(args[1])]
     if family == "linear":
         return _over(result, *product(args[0], grid, where, bits))
@@ -79,6 +79,11 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     if family == "batched_linear":
         return _over(result, *_batched(grid, args[0], where, bits))
     return _over(result, *_grouped(grid, args[0], where, bits))
+
+
+def _rounding(activation_bits: int) -> int | None:
+    """What activations are rounded to by an operator that is not the CPU's, of which 16 bits are a rounding too."""
+    return activation_bits if activation_bits < 16 else None
 
 
 def _over(actual: Tensor, exact: Tensor, bound: Tensor) -> float:
@@ -120,18 +125,32 @@ def _fused(
         spread = (x.shape[-1] + 8) * UNIT
         x = normed.to(x.dtype)
     parts = [_part(x, grids[id(weight)], bias, bits, spread) for weight, bias in zip(weights, biases, strict=True)]
-    (first, slack), act = parts[0], ACTIVATIONS[activation]
-    if not gated:
-        first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
-    exact = act(first)
+    first = parts[0] if gated else tuple(torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return _epilogue(*first, activation, parts[1] if gated else None, residual, x.dtype)
+
+
+def _fused_words(
+    grids: Any, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
+    bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = 16,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gate = None if factor is None else (factor.double(), torch.zeros_like(factor, dtype=torch.float64))
+    return _epilogue(*product(x, grids[id(words)], bias, _rounding(activation_bits)), activation, gate, residual, x.dtype)
+
+
+def _epilogue(
+    first: Tensor, slack: Tensor, activation: str, factor: tuple[Tensor, Tensor] | None, residual: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``residual + activation(first) * factor`` and its bound, from those of ``first`` and ``factor``, in float64."""
+    exact = ACTIVATIONS[activation](first)
     bound = slack if not activation else SLOPE * slack + 16 * UNIT * (first.abs() + 1)
-    if gated:
-        second, more = parts[1]
+    if factor is not None:
+        second, more = factor
         exact, bound = exact * second, exact.abs() * more + second.abs() * bound + bound * more
     if residual is not None:
         bound = bound + UNIT * (residual.double().abs() + exact.abs())
         exact = residual.double() + exact
-    return exact, rounded(exact, bound, x.dtype)
+    return exact, rounded(exact, bound, dtype)
 
 
 def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int, spread: float | None) -> tuple[Tensor, Tensor]:
@@ -178,4 +197,8 @@ def _chain_excess(grids: Any, args: tuple[Any, ...], result: Any) -> float:
     return worst if same else float("inf")
 
 
-WHOLE: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {"fused_linear_cpu": _fused, "decode_attention_cpu": _attention}
+WHOLE: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "fused_linear_cpu": _fused,
+    "fused_linear_triton": _fused_words,
+    "decode_attention_cpu": _attention,
+}

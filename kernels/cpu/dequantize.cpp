@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include "bit_vectors.h"
+#include "cascade.h"
 #include "isa.h"
 #include "tiled_linear.h"
 
@@ -37,6 +38,10 @@ c10::Half half_at(const uint8_t* bytes) {
 
 // scale * level is exact (11 + 8 bits) and so is scale * midpoint: every weight is rounded once, by the addition.
 void dequantize_row(const TiledWeight& weight, int64_t row, float* out) {
+  if (weight.cascade) {
+    CascadeBlock cascade;
+    return dequantize_row(cascade.of(weight, row / kTileRows), row % kTileRows, out);
+  }
   const uint8_t* block = weight.block(row / kTileRows);
   const uint8_t* words = block + weight.grid_bytes;
   const int64_t lane = row % kTileRows;

@@ -1,12 +1,18 @@
 #include "operands.h"
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include <c10/util/Exception.h>
 
 namespace kbit {
 
 using at::Tensor;
+
+namespace {
+thread_local int precision = 0;
+}
 
 Dtype dtype_of(at::ScalarType type, const char* what) {
   switch (type) {
@@ -32,6 +38,8 @@ Tensor codebook_operand(const Tensor& codebook, int64_t bits) {
   return levels;
 }
 
+int set_precision(int bits) { return std::exchange(precision, bits); }
+
 TiledWeight tiled_weight(const Tensor& packed) {
   TORCH_CHECK(packed.device().is_cpu() && packed.scalar_type() == at::kByte && packed.dim() == 1 && packed.is_contiguous(),
               "a packed weight must be a contiguous uint8 vector on the CPU, got ", packed.sizes(), " ",
@@ -45,6 +53,7 @@ TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes) {
   std::memcpy(&header, bytes, sizeof header);
   TORCH_CHECK(header.magic == kMagic, "this is no packed weight: it does not begin with KBT1");
   TORCH_CHECK(header.bits >= 1 && header.bits <= 8 && header.symmetric <= 1 && header.codebook <= 1 && header.vectors <= 1 &&
+                  header.cascade <= 1 && header.limit <= header.bits && !(header.cascade && (header.codebook || header.vectors)) &&
                   (!header.codebook || (takes_codebook(header.bits) && !header.vectors)) && header.rows >= 0 &&
                   header.rows < kMaxSize && header.columns >= 0 && header.columns < kMaxSize && header.group_size >= 1 &&
                   header.group_size < kMaxSize,
@@ -52,7 +61,7 @@ TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes) {
   TiledWeight weight;
   static_cast<TiledLayout&>(weight) =
       TiledLayout(header.bits, header.symmetric, header.rows, header.columns, header.group_size, header.codebook,
-                  header.vectors);
+                  header.vectors, header.cascade);
   // Divided, since the product of what a header may say can wrap around.
   TORCH_CHECK(!weight.block_bytes || weight.row_blocks <= nbytes / weight.block_bytes, "a packed weight of ", weight.rows,
               " x ", weight.columns, " takes more than ", nbytes, " bytes");
@@ -61,6 +70,9 @@ TiledWeight tiled_weight(const uint8_t* bytes, int64_t nbytes) {
   if (weight.codebook) weight.levels = bytes + kHeaderBytes;
   weight.data = bytes + kHeaderBytes + weight.codebook_bytes();
   weight.global_scale = header.global_scale;
+  if (weight.cascade) {
+    weight.planes = std::min<int>(header.limit ? header.limit : weight.bits, precision ? precision : weight.bits);
+  }
   return weight;
 }
 

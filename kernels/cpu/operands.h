@@ -24,6 +24,9 @@ at::Tensor operand(const at::Tensor& tensor, const char* name, at::ScalarType ty
 // The levels that the codes of a weight stand for, checked.
 at::Tensor codebook_operand(const at::Tensor& codebook, int64_t bits);
 
+// How many planes of a cascade this thread's operators read at most, 0 for all, from now on; returns what it was.
+int set_precision(int bits);
+
 // The packed weight in `packed`, which has to outlive it.
 TiledWeight tiled_weight(const at::Tensor& packed);
 // The same, of `nbytes` at `bytes`.

@@ -1,9 +1,11 @@
 // The kbit:: operators on the CPU: checks operands, then calls the kernels. The schemas are defined in Python.
 
+#include <cstddef>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -304,16 +306,19 @@ Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
 }
 
 Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
-                int64_t bits, int64_t group_size, const OptionalTensor& codebook, bool vectors) {
+                int64_t bits, int64_t group_size, const OptionalTensor& codebook, bool vectors, bool cascade) {
   TORCH_CHECK(!codebook || !vectors, "bit vectors hold codes, not levels: give no codebook");
+  TORCH_CHECK(!cascade || !(codebook || vectors), "a cascade has neither a codebook nor bit vectors");
   TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1 && group_size < kMaxSize, "group_size must be at least 1, got ", group_size);
   const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size, codebook.has_value(),
-                           vectors);
+                           vectors, cascade);
   const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
-  const Tensor steps = operand(scale, "scale", at::kHalf, {layout.rows, layout.groups});
-  const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, {layout.rows, layout.groups}) : Tensor();
+  at::DimVector grid{layout.rows, layout.groups};
+  if (cascade) grid.insert(grid.begin(), bits);
+  const Tensor steps = operand(scale, "scale", at::kHalf, grid);
+  const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, grid) : Tensor();
   const Tensor factor = operand(global_scale, "global_scale", at::kFloat, {1});
   const Tensor levels = codebook ? codebook_operand(*codebook, bits) : Tensor();
   Tensor packed = allocate_packed(layout.nbytes());
@@ -322,7 +327,7 @@ Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& 
   std::memset(bytes, 0, begin);
   std::memset(bytes + layout.nbytes() - kTailBytes, 0, kTailBytes);
   const TiledHeader header{kMagic, static_cast<uint8_t>(bits), layout.symmetric, layout.codebook, layout.vectors,
-                           *factor.const_data_ptr<float>(), 0, layout.rows, layout.columns, layout.group_size};
+                           *factor.const_data_ptr<float>(), cascade, 0, 0, layout.rows, layout.columns, layout.group_size};
   std::memcpy(bytes, &header, sizeof header);
   if (codebook) std::memcpy(bytes + kHeaderBytes, levels.const_data_ptr(), levels.numel());
   tile(layout, source.const_data_ptr<uint8_t>(), reinterpret_cast<const uint16_t*>(steps.const_data_ptr()),
@@ -331,13 +336,18 @@ Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed) {
-  const TiledWeight weight = tiled_weight(packed);
+  TiledWeight weight = tiled_weight(packed);
   const Tensor codes = at::empty({weight.rows, weight.columns}, packed.options());
-  const Tensor scale = at::empty({weight.rows, weight.groups}, packed.options().dtype(at::kHalf));
-  const Tensor offset = at::empty({weight.symmetric ? 0 : weight.rows, weight.groups}, scale.options());
+  const int64_t rows = weight.rows * weight.grids();
+  const Tensor scale = at::empty({rows, weight.groups}, packed.options().dtype(at::kHalf));
+  const Tensor offset = at::empty({weight.symmetric ? 0 : rows, weight.groups}, scale.options());
   const Tensor global_scale = at::full({1}, weight.global_scale, packed.options().dtype(at::kFloat));
-  untile(weight, codes.mutable_data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.mutable_data_ptr()),
-         weight.symmetric ? nullptr : reinterpret_cast<uint16_t*>(offset.mutable_data_ptr()));
+  for (int grid = 0; grid < weight.grids(); ++grid) {  // the last of them leaves the codes of all planes
+    weight.planes = grid + 1;
+    const int64_t first = grid * weight.rows * weight.groups;
+    untile(weight, codes.mutable_data_ptr<uint8_t>(), reinterpret_cast<uint16_t*>(scale.mutable_data_ptr()) + first,
+           weight.symmetric ? nullptr : reinterpret_cast<uint16_t*>(offset.mutable_data_ptr()) + first);
+  }
   const Tensor codebook = at::empty({weight.codebook ? 1 << weight.bits : 0}, packed.options());
   if (weight.codebook) std::memcpy(codebook.mutable_data_ptr(), weight.levels, codebook.numel());
   return {codes, scale, offset, global_scale, codebook};
@@ -355,6 +365,20 @@ int64_t fingerprint(const at::TensorList tensors) {
     for (const int64_t stride : tensor.strides()) hash = c10::hash_combine(hash, static_cast<size_t>(stride));
   }
   return static_cast<int64_t>(hash);
+}
+
+int64_t set_precision_cpu(int64_t bits) {
+  TORCH_CHECK(bits >= 0 && bits <= 8, "bits must be 1 to 8, or 0 for all, got ", bits);
+  return set_precision(static_cast<int>(bits));
+}
+
+// The same for one weight, whoever reads it. It is no change of the weight, so no version is counted.
+int64_t limit_planes_cpu(const Tensor& packed, int64_t bits) {
+  const TiledWeight weight = tiled_weight(packed);
+  TORCH_CHECK(weight.cascade, "this weight is no cascade");
+  TORCH_CHECK(bits >= 0 && bits <= weight.bits, "bits must be 1 to ", weight.bits, ", or 0 for all, got ", bits);
+  auto* bytes = static_cast<uint8_t*>(const_cast<void*>(packed.const_data_ptr()));
+  return std::exchange(bytes[offsetof(TiledHeader, limit)], static_cast<uint8_t>(bits));
 }
 
 std::string isa_cpu() { return isa().name; }
@@ -407,6 +431,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_cpu(const Tensor& weight, do
 
 TORCH_LIBRARY_IMPL(kbit, CompositeImplicitAutograd, m) {
   m.impl("fingerprint", fingerprint);
+  m.impl("set_precision_cpu", set_precision_cpu);
+  m.impl("limit_planes_cpu", limit_planes_cpu);
   m.impl("isa_cpu", isa_cpu);
   m.impl("isas_cpu", isas_cpu);
   m.impl("force_isa_cpu", force_isa_cpu);

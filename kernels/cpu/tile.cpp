@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include "bit_vectors.h"
+#include "cascade.h"
 #include "isa.h"
 #include "tiled_linear.h"
 
@@ -81,9 +82,13 @@ void tile(const TiledLayout& layout, const uint8_t* codes, const uint16_t* scale
     const int64_t first = row_block * kTileRows;
     const int rows = rows_in(layout, row_block);
     std::memset(block, 0, layout.block_bytes);
-    move_grids<false>(layout, rows, scale + first * layout.groups, block);
-    if (offset) move_grids<false>(layout, rows, offset + first * layout.groups, block + layout.groups * kTileRows * 2);
-    uint8_t* words = block + layout.grid_bytes;
+    for (int grid = 0; grid < layout.grids(); ++grid) {
+      const int64_t source = (grid * layout.rows + first) * layout.groups;
+      uint8_t* target = block + grid * layout.grid_bytes;
+      move_grids<false>(layout, rows, scale + source, target);
+      if (offset) move_grids<false>(layout, rows, offset + source, target + layout.groups * kTileRows * 2);
+    }
+    uint8_t* words = block + layout.words_begin;
     if (layout.vectors) {
       return for_groups(layout, [&](int64_t column, int64_t count, int64_t word) {
         for (int row = 0; row < rows; ++row) {
@@ -97,14 +102,22 @@ void tile(const TiledLayout& layout, const uint8_t* codes, const uint16_t* scale
       for (int row = 0; row < rows; ++row) {
         std::memcpy(quad_codes + row * kQuad, codes + (first + row) * layout.columns + column, count);
       }
-      pack_quad(quad_codes, layout.bits, words + quad * 8 * layout.bits);
+      if (layout.cascade) {
+        uint8_t planes[8 * 8];
+        pack_quad(quad_codes, layout.bits, planes);
+        for (int p = 0; p < layout.bits; ++p) std::memcpy(words + (p * layout.quads + quad) * 8, planes + 8 * p, 8);
+      } else {
+        pack_quad(quad_codes, layout.bits, words + quad * 8 * layout.bits);
+      }
     });
   });
 }
 
 void untile(const TiledWeight& weight, uint8_t* codes, uint16_t* scale, uint16_t* offset) {
   for_blocks(weight, [&](int64_t row_block) {
-    const uint8_t* block = weight.block(row_block);
+    CascadeBlock cascade;
+    const uint8_t* block = weight.cascade ? cascade.of(weight, row_block).data : weight.block(row_block);
+    const int bits = weight.cascade ? weight.planes : weight.bits;
     const int64_t first = row_block * kTileRows;
     const int rows = rows_in(weight, row_block);
     move_grids<true>(weight, rows, scale + first * weight.groups, block);
@@ -120,7 +133,7 @@ void untile(const TiledWeight& weight, uint8_t* codes, uint16_t* scale, uint16_t
     }
     for_quads(weight, [&](int64_t column, int64_t count, int64_t quad) {
       uint8_t quad_codes[kCodesPerQuad];
-      isa().unpack(words + quad * 8 * weight.bits, weight.bits, nullptr, 1, quad_codes);
+      isa().unpack(words + quad * 8 * bits, bits, nullptr, 1, quad_codes);
       for (int row = 0; row < rows; ++row) {
         std::memcpy(codes + (first + row) * weight.columns + column, quad_codes + row * kQuad, count);
       }

@@ -14,6 +14,9 @@
 // Or, where the header says `vectors`, the words are bit vectors along a row, for products that count bits (bit_vectors.h):
 //   words uint32 [words of a row][bits][16], 32 columns of one bit of the codes each, from grid_bytes on, a multiple of 64
 //
+// Or, where it says `cascade`, the first k planes are the weight of k bits, with a grid of its own for every k (cascade.h):
+//   row block: scale and offset of 1 bit, of 2 bits, ... of `bits`, words [bits][quads], padding
+//
 // A code stands for its level: for itself, or for what the codebook of the weight gives it. Levels are bytes either way, so a product
 // of levels and activations is one of integers. At 1 bit two levels are a scale and an offset, and at 8 bits the 256 different bytes
 // leave no choice: codebooks are of 2 to 7 bits.
@@ -44,7 +47,9 @@ struct TiledHeader {
   uint8_t codebook;   // 0 or 1
   uint8_t vectors;    // 0 or 1
   float global_scale;
-  uint32_t padding;
+  uint8_t cascade;    // 0 or 1
+  uint8_t limit;      // planes of a cascade that are read at most; 0 for all
+  uint16_t padding;
   int64_t rows, columns, group_size;
 };
 static_assert(sizeof(TiledHeader) <= kHeaderBytes);
@@ -54,17 +59,17 @@ static inline int64_t ceil_div(int64_t value, int64_t divisor) { return value / 
 // Where things lie: follows from what the header says.
 struct TiledLayout {
   int bits = 1;
-  bool symmetric = false, codebook = false, vectors = false;
+  bool symmetric = false, codebook = false, vectors = false, cascade = false;
   int level_bits = 1;  // of a level: `bits`, or 8 with a codebook
   int64_t rows = 0, columns = 0, group_size = 1;
   int64_t groups = 0, group_quads = 1, quads = 0, group_words = 1, words = 0;
-  int64_t row_blocks = 0, grid_bytes = 0, block_bytes = 0;
+  int64_t row_blocks = 0, grid_bytes = 0, words_begin = 0, block_bytes = 0;  // in a row block words begin at words_begin
 
   TiledLayout() = default;
   TiledLayout(int bits_, bool symmetric_, int64_t rows_, int64_t columns_, int64_t group_size_, bool codebook_ = false,
-              bool vectors_ = false)
-      : bits(bits_), symmetric(symmetric_), codebook(codebook_), vectors(vectors_), level_bits(codebook_ ? 8 : bits_),
-        rows(rows_), columns(columns_), group_size(group_size_) {
+              bool vectors_ = false, bool cascade_ = false)
+      : bits(bits_), symmetric(symmetric_), codebook(codebook_), vectors(vectors_), cascade(cascade_),
+        level_bits(codebook_ ? 8 : bits_), rows(rows_), columns(columns_), group_size(group_size_) {
     groups = ceil_div(columns, group_size);
     group_quads = ceil_div(group_size, kQuad);
     group_words = ceil_div(group_size, kWordColumns);
@@ -75,9 +80,11 @@ struct TiledLayout {
     grid_bytes = groups * kTileRows * 2 * (symmetric ? 1 : 2);
     if (vectors) grid_bytes = (grid_bytes + 63) / 64 * 64;
     const int64_t code_bytes = vectors ? words * kTileRows * 4 * bits : quads * 8 * bits;
-    block_bytes = (grid_bytes + code_bytes + 63) / 64 * 64;
+    words_begin = grid_bytes * grids();
+    block_bytes = (words_begin + code_bytes + 63) / 64 * 64;
   }
 
+  int grids() const { return cascade ? bits : 1; }
   int64_t codebook_bytes() const { return codebook ? (bits == 7 ? 128 : 64) : 0; }
   int64_t nbytes() const { return kHeaderBytes + codebook_bytes() + row_blocks * block_bytes + kTailBytes; }
   int64_t quads_of(int64_t group) const {
@@ -91,6 +98,7 @@ struct TiledWeight : TiledLayout {
   const uint8_t* data = nullptr;    // the first row block
   const uint8_t* levels = nullptr;  // of the codebook: 64 bytes, or 128 at 7 bits; null without one
   float global_scale = 1;
+  int planes = 0;  // of a cascade: those that are read, at most `bits`
 
   const uint8_t* block(int64_t row_block) const { return data + row_block * block_bytes; }
 };

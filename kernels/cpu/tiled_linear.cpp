@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "cascade.h"
 #include "dequantize.h"
 #include "isa.h"
 
@@ -144,7 +145,11 @@ void TiledProduct::compute(int64_t begin, int64_t end) const {
   alignas(64) float sums[kChunkRows * kTileRows];
   alignas(64) float gate[kChunkRows * kTileRows];
   const Epilogue epilogue(problem_, x_.digits());
-  const auto dot = [](const TiledWeight& weight, auto... rest) { (weight.vectors ? isa().bit_dot : isa().dot)(weight, rest...); };
+  CascadeBlock cascade;
+  const auto dot = [&](const TiledWeight& weight, int64_t row_block, auto... rest) {
+    if (weight.cascade) return isa().dot(cascade.of(weight, row_block), 0, rest...);
+    (weight.vectors ? isa().bit_dot : isa().dot)(weight, row_block, rest...);
+  };
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index / row_blocks_ * kChunkBlocks;
     const int64_t count = std::min(kChunkBlocks, static_cast<int64_t>(x_.blocks().size()) - first);

@@ -67,6 +67,7 @@ void tiled_embedding(const TiledWeight& weight, const int64_t* indices, int64_t 
 void tiled_dequantize(const TiledWeight& weight, int64_t begin, int64_t end, float* out);
 
 // Codes [N, K] below 2 ** bits, scale and offset float16 [N, groups] to the row blocks at `blocks`, and back. No offset: null.
+// A cascade takes scales and offsets [bits, N, groups], and gives back those of the planes that are read, with their codes.
 void tile(const TiledLayout& layout, const uint8_t* codes, const uint16_t* scale, const uint16_t* offset, uint8_t* blocks);
 void untile(const TiledWeight& weight, uint8_t* codes, uint16_t* scale, uint16_t* offset);
 

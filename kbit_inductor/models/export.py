@@ -1,0 +1,119 @@
+"""A packed model as a file that runs without Python: torch.export, then AOTInductor, with the kernels' library beside it.
+
+The kernels are the operators ``kbit::linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. Whoever runs the
+package loads their library first; it needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from kbit_inductor._compat import compile_package
+from kbit_inductor.errors import (
+    InvalidOptionError,
+    ModelCallError,
+    TrainingModeError,
+    UncapturableModelError,
+    UnexportableModelError,
+)
+from kbit_inductor.kernels.cpu import build
+from kbit_inductor.models.surgery import packed_matrices
+
+LIBRARY = "libkbit.so"
+KERNELS = ("cpu", "bits")  # whose operators are C++ altogether
+
+
+@torch.no_grad()
+def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any], path: str | Path, *, dynamic: Any = None) -> Path:
+    """Compile ``model`` to the package ``path`` for AOTInductor, and put the library of the kernels beside it, as ``libkbit.so``.
+
+    The package holds the packed weights as they are in memory and no floats of them. It runs where this version of torch and the
+    library are: in C++ by ``AOTIModelPackageLoader``, in Python by ``torch._inductor.aoti_load_package``. Inductor compiles what is
+    around the products for the instruction set of this machine; the kernels choose theirs where they run.
+
+    Args:
+        model: packed by :func:`quantize_`, on the CPU, in ``eval()``. It must be one that ``torch.export`` takes.
+        example: arguments for one call: a tensor, a sequence of positional ones, or a mapping of keyword ones. What is no tensor is
+            fixed, ``use_cache=False`` for one.
+        path: ends with ``.pt2``. A package that is there is replaced in one step.
+        dynamic: which sizes may differ from the example's, as ``dynamic_shapes`` of ``torch.export.export``. None for the first of
+            every tensor, the batch, and the second of integer matrices, the length of a text. Each of these is at least 2 in the
+            example; calls may have fewer.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InvalidOptionError: ``path`` does not end with ``.pt2``, or the example is of size 1 or 0 where calls may differ.
+        TrainingModeError: a model in training mode.
+        UnexportableModelError: no weight is packed, or one has a kernel that is not C++.
+        ModelCallError: the model itself fails on ``example``.
+        UncapturableModelError: ``torch.export`` does not take the model, or not with these sizes dynamic.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise InvalidOptionError(f"a package is a file of the name *.pt2, not {path.name!r}")
+    if model.training:
+        raise TrainingModeError("the model is in training mode; call model.eval() before it is exported")
+    _check_kernels(model)
+    arguments, keywords = _call_of(example)
+    program = _captured(model, arguments, keywords, dynamic)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".package-", dir=path.parent) as scratch:
+        package = Path(scratch) / path.name
+        compile_package(program, package)
+        library = shutil.copy(build.build(), Path(scratch) / LIBRARY)
+        Path(library).replace(path.parent / LIBRARY)
+        package.replace(path)
+    return path
+
+
+def _check_kernels(model: nn.Module) -> None:
+    matrices = packed_matrices(model)
+    if not matrices:
+        raise UnexportableModelError("the model has no packed weight; call kbit_inductor.quantize_ before it is exported")
+    for matrix, names in matrices.items():
+        if matrix.kernel not in KERNELS:
+            reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in matrix.rejected if kernel in KERNELS)
+            raise UnexportableModelError(f"layer {names[0]!r} has the kernel {matrix.kernel!r}, which is not C++ ({reasons})")
+
+
+def _call_of(example: Tensor | Sequence[Any] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
+
+
+def _captured(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], dynamic: Any) -> torch.export.ExportedProgram:
+    try:
+        model(*arguments, **keywords)
+    except Exception as error:
+        raise ModelCallError(f"the model cannot be exported since its call failed: {error}") from error
+    if dynamic is None:
+        dynamic = pytree.tree_map(_sizes_that_differ, tuple(keywords.values()) if keywords else arguments)
+        dynamic = dict(zip(keywords, dynamic, strict=True)) if keywords else dynamic
+    try:
+        return torch.export.export(model, arguments, keywords, dynamic_shapes=dynamic)
+    except Exception as error:  # torch.export has no class for all that it refuses
+        raise UncapturableModelError(
+            f"torch.export does not take {type(model).__name__} ({type(error).__name__}, see above); make it exportable, or tell "
+            "by 'dynamic' which sizes are fixed"
+        ) from error
+
+
+def _sizes_that_differ(value: Any) -> Any:
+    """``dynamic_shapes`` of one argument: the batch, and the length of a text."""
+    if not isinstance(value, Tensor):
+        return None
+    sizes = value.shape[: 2 if value.dim() == 2 and not value.is_floating_point() else 1]
+    if min(sizes, default=2) < 2:
+        raise InvalidOptionError(f"an example of sizes {tuple(value.shape)} says too little: give at least 2 each, or 'dynamic'")
+    return dict.fromkeys(range(len(sizes)), torch.export.Dim.DYNAMIC)

@@ -1,0 +1,1 @@
+"""Writers of other projects' formats: what they hold exactly, and an error for the rest."""

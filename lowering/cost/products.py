@@ -1,0 +1,60 @@
+"""The work of products other than Triton's: the least possible, in float, after unpacking to float, and on a CPU.
+
+``A`` is bytes of an activation, ``S`` bytes of the scale and offset of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+
+from kbit_inductor.lowering.cost.device import DeviceRecord
+from kbit_inductor.lowering.cost.work import BITS, GROUP, K, M, N, Work
+from kbit_inductor.lowering.problem import Problem
+
+A, S, UNPACKING = sympy.symbols("A S unpacking", positive=True)
+SCALES = 4  # bytes of a float16 scale and offset
+
+PACKED = N * K * BITS / 8 + N * sympy.ceiling(K / GROUP) * S
+"""Bytes of a packed weight."""
+ACTIVATIONS = A * M * (K + N)
+"""Bytes of x and of the result."""
+
+ROOFLINE = Work(bytes=PACKED + ACTIVATIONS, products=2 * M * N * K, launches=0, unhidden=0)
+"""What no kernel can do without: every byte once, every product once (Williams et al., "Roofline", 2009)."""
+FLOAT_PRODUCT = Work(bytes=A * N * K + ACTIVATIONS, products=2 * N * K * 16 * sympy.ceiling(M / 16), unhidden=0)
+"""``x @ W.T`` in float by a library, whose instructions take rows of x by 16."""
+UNPACKED_PRODUCT = Work(
+    bytes=PACKED + 2 * A * N * K + ACTIVATIONS,
+    products=2 * M * N * K,
+    instructions=4 * N * K,
+    launches=2,
+)
+"""The weight unpacked to float in memory, then :data:`FLOAT_PRODUCT`. Unpacking takes about four instructions for each weight."""
+REFERENCE = Work(bytes=PACKED + N * K * (1 + 1 + 4 * 6) + ACTIVATIONS, products=2 * M * N * K, launches=8)
+"""In plain PyTorch: codes are spread to bytes, turned into floats, scaled, and read by the product: each a pass over memory."""
+CPU_PRODUCT = Work(bytes=PACKED + ACTIVATIONS, instructions=N * K * (UNPACKING + M))
+"""The C++ kernels: a weight is unpacked once, for all rows of x."""
+LOOKUP = Work(bytes=M * (K * BITS / 8 + sympy.ceiling(K / GROUP) * S) + A * M * K)
+"""``M`` rows of an embedding."""
+
+
+def bound(work: Work, problem: Problem) -> Work:
+    """``work`` with the sizes of ``problem``, so that only M is left."""
+    scales = SCALES // 2 if problem.symmetric else SCALES
+    return work.at(
+        N=problem.rows, K=problem.columns, bits=problem.bits, group=problem.group_size, A=problem.dtype.itemsize, S=scales
+    )
+
+
+def reference(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    """The work of plain PyTorch."""
+    return [bound(LOOKUP if problem.family == "embedding" else REFERENCE, problem)]
+
+
+def cpu(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    """The work of the compiled CPU kernels."""
+    if problem.family == "embedding":
+        return [bound(LOOKUP, problem)]
+    return [bound(CPU_PRODUCT, problem).at(unpacking=device.unpacking)]

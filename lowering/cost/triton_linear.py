@@ -1,0 +1,147 @@
+"""The work of the Triton kernel for products (kernels/triton/linear.py), cut as a configuration says.
+
+Instructions are counted, not guessed: ``instructions.json`` holds what the compiled main loops execute for each weight beside the
+products and the scaling of sums, and the registers of a thread (benchmarks/gpu/cost_table.py). Both were counted at the default
+configurations; another one's registers follow from the codes and sums that a thread of it holds. AMD's
+instructions were not counted: those of sm_80 stand in for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import sympy
+import torch
+
+from kbit_inductor.kernels.layout import MAX_BITS
+from kbit_inductor.kernels.triton.config import Config, Device, default_config
+from kbit_inductor.kernels.words import WordLayout
+from kbit_inductor.lowering.cost.device import DeviceRecord
+from kbit_inductor.lowering.cost.products import ACTIVATIONS, LOOKUP, PACKED, A, bound
+from kbit_inductor.lowering.cost.work import BITS, K, M, N, Work
+from kbit_inductor.lowering.problem import Problem
+
+TABLE = Path(__file__).with_name("instructions.json")
+STAND_IN = "sm_80"
+REPRESENTATIVE_ROWS = (1, 16, 32, 64, 256)
+"""Rows of x whose default configurations are all that :func:`~kbit_inductor.kernels.triton.config.default_config` gives."""
+MOST_REGISTERS, LEAST_REGISTERS = 255, 32
+TILES = 3
+"""Float tiles of the result that a program holds: the sum, that of a group, and the sums of x."""
+MMA_WEIGHTS = 8  # for each thread, that an instruction multiplies with 8 rows of x: mma.sync takes 16 x 16
+
+COLUMNS, BLOCK_M, BLOCK_N, STEPS, PIECE, SPAN, SPLIT_K, WARPS, STAGES = sympy.symbols(
+    "columns block_m block_n steps piece span split_k warps stages", positive=True
+)
+UNPACKING, REGISTERS, PASSES, DIGITS, SUMS, MMA = sympy.symbols("unpacking registers passes digits sums mma", positive=True)
+WARP, ALL_REGISTERS, ALL_THREADS, ALL_SHARED = sympy.symbols("warp all_registers all_threads all_shared", positive=True)
+
+_TILES_M, _TILES_N = sympy.ceiling(M / BLOCK_M), sympy.ceiling(N / BLOCK_N)
+_PADDED_M, _PADDED_N = _TILES_M * BLOCK_M, _TILES_N * BLOCK_N
+_THREADS = WARPS * WARP
+SHARED = STAGES * STEPS * PIECE * (BLOCK_N * BITS / 8 + BLOCK_M * A)
+"""Bytes of shared memory of a program: what it has asked for of the words and of x."""
+LINEAR = Work(
+    bytes=PACKED * COLUMNS / K + ACTIVATIONS,
+    l2_bytes=_TILES_M * PACKED + _TILES_N * M * K * A + (SPLIT_K - 1) * 8 * _PADDED_M * _PADDED_N,
+    instructions=_TILES_M
+    * _PADDED_N
+    * COLUMNS
+    * (UNPACKING + 2 * BLOCK_M / (SPAN * PIECE) + MMA * PASSES * BLOCK_M / 8 / MMA_WEIGHTS),
+    products=2 * _PADDED_M * _PADDED_N * COLUMNS * PASSES,
+    launches=1 + sympy.Min(SPLIT_K - 1, 1) + 2 * SUMS,
+    programs=_TILES_M * _TILES_N * SPLIT_K,
+    resident=sympy.floor(
+        sympy.Min(ALL_THREADS / _THREADS, ALL_REGISTERS / (REGISTERS * _THREADS), ALL_SHARED / sympy.Max(SHARED, 1), 32)
+    ),
+    warps=WARPS,
+    in_flight=STAGES * STEPS * PIECE * BLOCK_N * BITS / 8,
+)
+"""``columns`` are those of a row with its padding; ``passes`` products of the matrix units for each product of the sum."""
+
+
+class Resources(NamedTuple):
+    """What a program takes: 32-bit registers of a thread, estimated, and bytes of shared memory."""
+
+    registers: int
+    shared: int
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+def hardware(device: DeviceRecord) -> Device:
+    """The device as the kernel's rule for configurations sees it."""
+    return Device(device.multiprocessors, device.has_wgmma, device.least_rows)
+
+
+def linear(problem: Problem, config: Config, device: DeviceRecord) -> Work:
+    """The work of a product with a configuration, in M."""
+    layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
+    unrolled = config.steps == layout.block_pieces
+    counted = _counted(problem.bits, unrolled, device)
+    span = math.gcd(layout.group_pieces, config.steps, 2)
+    return bound(LINEAR, problem).at(
+        columns=layout.padded_columns, piece=layout.piece, span=span, steps=config.steps,
+        block_m=config.block_m, block_n=config.block_n, split_k=config.split_k, warps=config.num_warps, stages=config.num_stages,
+        sums=float(config.sums), passes=_digits(problem) + (0 if config.sums else _parts(problem)),
+        mma=0.0 if uses_wgmma(config, device) else 1.0,
+        unpacking=counted["per_weight"], registers=resources(problem, config, device).registers,
+        warp=device.warp, all_registers=device.registers, all_threads=device.threads, all_shared=device.shared_memory,
+    )  # fmt: skip
+
+
+def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resources:
+    """What a program of a configuration takes."""
+    layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
+    unrolled = config.steps == layout.block_pieces
+    known = _default(problem, 1 if unrolled else 256, device)
+    counted = _counted(problem.bits, unrolled, device)["registers"]
+    longer = config.block_n / config.num_warps / (known.block_n / known.num_warps)  # codes that a thread holds
+    more = (config.block_m * config.block_n / config.num_warps - known.block_m * known.block_n / known.num_warps) / device.warp
+    registers = min(max(LEAST_REGISTERS, counted * max(longer, 0.5) + TILES * more), 2 * MOST_REGISTERS)
+    step = config.steps * layout.piece
+    shared = config.num_stages * step * (config.block_n * problem.bits / 8 + config.block_m * problem.dtype.itemsize)
+    return Resources(math.ceil(registers), math.ceil(shared))
+
+
+def uses_wgmma(config: Config, device: DeviceRecord) -> bool:
+    """Whether Triton multiplies with a group of four warps: from 64 rows of the left operand, the weight, on."""
+    return device.has_wgmma and config.num_warps >= 4 and config.block_n >= 64 and config.block_m >= 128
+
+
+def _counted(bits: int, unrolled: bool, device: DeviceRecord) -> dict[str, float]:
+    loop = "unrolled" if unrolled else "stepped"
+    row = _table().get(device.target, _table()[STAND_IN])[loop][str(bits)]
+    return {**_table()[STAND_IN][loop][str(bits)], **row}
+
+
+def _default(problem: Problem, m: int, device: DeviceRecord) -> Config:
+    layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
+    return default_config(m, problem.rows, layout, problem.dtype, hardware(device))
+
+
+def _parts(problem: Problem) -> int:
+    """Into how many numbers an activation is cut."""
+    return 3 if problem.dtype == torch.float32 else 1
+
+
+def _digits(problem: Problem) -> int:
+    """Products of the matrix units for each of the sum: parts of the activation times digits of the level."""
+    levels = problem.bits if problem.uniform else MAX_BITS
+    return _parts(problem) * (2 if levels == MAX_BITS and problem.dtype != torch.float16 else 1)
+
+
+def works(problem: Problem, device: DeviceRecord) -> list[Work]:
+    """The kernel with each of its default configurations: the fastest is what is launched."""
+    if problem.family == "embedding":
+        return [bound(LOOKUP, problem)]
+    configs = dict.fromkeys(_default(problem, m, device) for m in REPRESENTATIVE_ROWS)
+    return [linear(problem, config, device) for config in configs]

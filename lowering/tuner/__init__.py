@@ -1,0 +1,1 @@
+"""The fastest of a short list of configurations, measured once and remembered."""
