@@ -48,7 +48,7 @@ def register_kernel(
         InvalidKernelError: another kernel has the name (the same one may come again), no operator has the suffix, or there is no
             such layout.
     """
-    return add(Kernel(name, suffix, supports, cost, layout, rounds))
+    return add(Kernel(name, suffix, supports, cost, layout, rounds=rounds))
 
 
 def add(kernel: Kernel) -> Kernel:

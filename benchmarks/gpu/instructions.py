@@ -75,10 +75,13 @@ def compile_counting(target: str, bits: int, activation_bits: int) -> tuple[aot.
         vectors, step = torch.empty(activation_bits, 1, words, dtype=torch.int32), torch.empty(1, words)
         planes, scale = torch.empty(bits, SIZE, words, dtype=torch.int32), torch.empty(SIZE, SIZE // GROUP_SIZE).half()
         packed = (planes, scale, scale, torch.empty(1))
-        arguments = counting.launch_arguments(vectors, step, step.int(), *packed, None, GROUP_SIZE, torch.empty(1, SIZE).half())
+        arguments = counting.launch_arguments(
+            vectors, step, step.int(), *packed, None, GROUP_SIZE, torch.empty(1, SIZE).half(), True
+        )
     kernel = aot.compile_ahead(counting.bits_kernel, arguments, target)
-    threads = 4 * aot.TARGETS[target].warp_size  # Triton's own choice of warps
-    return kernel, counting.BLOCK_N * counting.BLOCK_WORDS * WORD_COLUMNS / threads
+    # The compiler unrolls the loop as it likes: each word of a plane is counted once for each bit of an activation, and where there
+    # is only one, those of x are counted too, in every thread as many as it has words of a plane.
+    return kernel, kernel.main_loop.count("POPC") * WORD_COLUMNS / (bits * activation_bits + (activation_bits == 1))
 
 
 def describe(kernel: aot.CompiledKernel, weights: float) -> dict[str, object]:

@@ -52,7 +52,7 @@ class Call:
             return None
         operands: Any = node.args
         if node.target is LINEAR:
-            *product, codebook, activation_bits = (*operands, *REST[len(operands) - len(PRODUCT) :])
+            *product, codebook, activation_bits = operands + REST[len(operands) - len(PRODUCT) :]
             operands = (*product, codebook, *PLAIN, activation_bits)
         return cls(*operands)
 

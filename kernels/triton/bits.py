@@ -22,7 +22,7 @@ from torch import Tensor
 from kbit_inductor.kernels.layout import WORD_COLUMNS, midpoint
 from kbit_inductor.kernels.reference import SEGMENT
 from kbit_inductor.kernels.triton.epilogue import store_result
-from kbit_inductor.kernels.triton.launch import check_activations, flat_rows
+from kbit_inductor.kernels.triton.launch import check_activations, flat_rows, takes_ptx
 from kbit_inductor.kernels.triton.quantize import round_segments
 
 BLOCK_N = 16
@@ -31,13 +31,16 @@ BLOCK_SEGMENTS = 8
 
 
 @triton.jit
-def popcount(words):
-    """Bits that are set in each of int32 ``words``. Compilers know it, and make one instruction of it."""
-    v = words.to(tl.uint32, bitcast=True)  # Warren, Hacker's Delight, 2012, figure 5-2
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    v = (v + (v >> 4)) & 0x0F0F0F0F
-    return ((v * 0x01010101) >> 24).to(tl.int32)
+def popcount(words, PTX: tl.constexpr):
+    """Bits that are set in each of int32 ``words``."""
+    if PTX:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        v = words.to(tl.uint32, bitcast=True)  # Warren, Hacker's Delight, 2012, figure 5-2
+        v = v - ((v >> 1) & 0x55555555)
+        v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+        v = (v + (v >> 4)) & 0x0F0F0F0F
+        return ((v * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -79,7 +82,7 @@ def column_of_words(segment, GROUP_SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr
 def bits_kernel(
     vectors_ptr, step_ptr, sums_ptr, planes_ptr, scale_ptr, offset_ptr, global_scale_ptr, bias_ptr, out_ptr, M, N, words, groups,
     BITS: tl.constexpr, ACTIVATION_BITS: tl.constexpr, MIDPOINT: tl.constexpr, GROUP_WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_WORDS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK_N`` columns of one row of ``out``, ``[M, N]``, contiguous; consecutive programs share rows of the weight."""
     m = tl.program_id(0) % M
@@ -91,17 +94,20 @@ def bits_kernel(
         there = word < words
         dots = tl.zeros([BLOCK_N, BLOCK_WORDS], tl.int32)
         sums = load_words(sums_ptr + m.to(tl.int64) * words + word, there, EVEN_WORDS)
-        for p in tl.static_range(BITS):  # the first plane has the most significant bits
-            plane = planes_ptr + ((BITS - 1 - p) * N + row) * words
-            w = load_words(plane + word[None, :], there[None, :], EVEN_WORDS)
+        # By Horner's rule, from the most significant bits down.
+        for p in tl.static_range(BITS):
+            w = load_words(planes_ptr + (p * N + row) * words + word[None, :], there[None, :], EVEN_WORDS)
+            plane_dots = tl.zeros([BLOCK_N, BLOCK_WORDS], tl.int32)
             for i in tl.static_range(ACTIVATION_BITS):
-                x = load_words(vectors_ptr + (i * M + m).to(tl.int64) * words + word, there, EVEN_WORDS)
+                vector = vectors_ptr + ((ACTIVATION_BITS - 1 - i) * M + m).to(tl.int64) * words
+                x = load_words(vector + word, there, EVEN_WORDS)
                 if ACTIVATION_BITS == 1:
-                    dots += (popcount(x)[None, :] - popcount(w ^ x[None, :])) << p
-                elif i < ACTIVATION_BITS - 1:
-                    dots += popcount(w & x[None, :]) << (p + i)
+                    plane_dots = popcount(x, PTX)[None, :] - popcount(w ^ x[None, :], PTX)
+                elif i == 0:
+                    plane_dots -= popcount(w & x[None, :], PTX)
                 else:
-                    dots -= popcount(w & x[None, :]) << (p + i)
+                    plane_dots = 2 * plane_dots + popcount(w & x[None, :], PTX)
+            dots = 2 * dots + plane_dots
         where = row * groups + (word // GROUP_WORDS)[None, :]
         scale = load_words(scale_ptr + where, there[None, :], EVEN_WORDS).to(tl.float32)
         step = load_words(step_ptr + m.to(tl.int64) * words + word, there, EVEN_WORDS)
@@ -148,7 +154,7 @@ def slice_arguments(x: Tensor, vectors: Tensor, step: Tensor, sums: Tensor, grou
 
 def launch_arguments(
     vectors: Tensor, step: Tensor, sums: Tensor, planes: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor,
-    bias: Tensor | None, group_size: int, out: Tensor,
+    bias: Tensor | None, group_size: int, out: Tensor, ptx: bool,
 ) -> dict[str, object]:  # fmt: skip
     """Arguments of :func:`bits_kernel`, by name; ``planes`` are int32 ``[k, N, words]``, ``out`` is ``[M, N]``."""
     bits, n, words = planes.shape
@@ -174,6 +180,7 @@ def launch_arguments(
         "BLOCK_WORDS": BLOCK_WORDS,
         "EVEN_N": n % BLOCK_N == 0,
         "EVEN_WORDS": words % BLOCK_WORDS == 0,
+        "PTX": ptx,
     }
 
 
@@ -213,7 +220,7 @@ def linear_bits(
     step, sums = torch.empty(m, words, device=x.device), torch.empty(m, words, dtype=torch.int32, device=x.device)
     slicing = slice_arguments(flat_rows(x), vectors, step, sums, group_size, activation_bits)
     packed = (planes.view(torch.int32), scale, offset, global_scale)
-    arguments = launch_arguments(vectors, step, sums, *packed, bias, group_size, out.view(m, n))
+    arguments = launch_arguments(vectors, step, sums, *packed, bias, group_size, out.view(m, n), takes_ptx(x))
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever device the tensors are on
         slice_kernel[m, triton.cdiv(slicing["segments"], BLOCK_SEGMENTS)](**slicing)
         bits_kernel[(triton.cdiv(n, BLOCK_N) * m,)](**arguments)
