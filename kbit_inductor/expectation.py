@@ -73,7 +73,7 @@ class Clock:
         return tuple(
             _expected(dataclasses.replace(problem, device=record.type), _number(m), record, kernels())
             for problem, m in uses
-            if problem is not None and problem.family in MATRIX_FAMILIES
+            if problem is not None and problem.family in MATRIX_FAMILIES and problem.rows * problem.columns
         )
 
 

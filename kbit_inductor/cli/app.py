@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,25 +16,21 @@ from torch import nn
 from kbit_inductor.bits import Plan, plan
 from kbit_inductor.cli import doctor as machine
 from kbit_inductor.cli.files import new_folder, open_model, open_tokenizer
-from kbit_inductor.config import Config
-from kbit_inductor.errors import InvalidOptionError, KbitError
+from kbit_inductor.cli.shared import EXAMPLE_TOKENS, Json, Options, options_of, reported
+from kbit_inductor.cli.tune import tune
+from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
 from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="k-bit models: make, look into and run them.")
+app.command()(tune)
 console = Console()
-EXAMPLE_TOKENS = 8  # of a prompt that explain runs the model on
 
 Source = Annotated[Path, typer.Argument(help="A folder written by kbit or by Hugging Face, or a .gguf file.", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="An option of docs/options.md as NAME=VALUE, in JSON or as a word: -o bits=3."),
-]
 Text = Annotated[Path | None, typer.Option(help="A text file to calibrate on, one sample for each line.", show_default=False)]
 
 Device = Annotated[
@@ -48,22 +41,6 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", help="Bits by layer, wr
 Output = Annotated[Path | None, typer.Option(help="Where to write the plan, for kbit quantize --plan.", show_default=False)]
 
 
-@contextlib.contextmanager
-def reported(as_json: bool) -> Iterator[None]:
-    """Mistakes as a line on stderr, or as JSON on stdout, and an exit code."""
-    try:
-        yield
-    except (KbitError, OSError) as error:
-        if as_json:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        else:
-            print(f"kbit: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("kbit: interrupted; nothing is left half written", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 @app.command()
 def quantize(
     source: Source, target: Target, option: Options = None, text: Text = None,
@@ -72,7 +49,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Pack the weights of a model and save it."""
     with reported(as_json):
-        config = _config(option)
+        config = options_of(option)
         if plan_file is not None:
             config = Plan.load(plan_file).apply(config)
         with new_folder(target, force) as folder:
@@ -109,7 +86,7 @@ def explain(source: Source, option: Options = None, device: Device = None, as_js
     """Say what becomes of each layer, and why."""
     with reported(as_json):
         model = open_model(source)
-        found = explain_model(model, torch.arange(1, 1 + EXAMPLE_TOKENS)[None], config=_config(option), device=device)
+        found = explain_model(model, torch.arange(1, 1 + EXAMPLE_TOKENS)[None], config=options_of(option), device=device)
         if as_json:
             plain = dataclasses.replace(found, fusions=dict(found.fusions))  # asdict takes a Counter apart
             print(json.dumps(dataclasses.asdict(plain)))
@@ -125,7 +102,7 @@ def plan_bits(
 ) -> None:  # fmt: skip
     """Choose bits for each layer under a budget: -o average_bits=3.5, or -o memory_budget="90 MB"."""
     with reported(as_json):
-        config = _config(["bits=auto", *(option or [])])
+        config = options_of(["bits=auto", *(option or [])])
         found = plan(open_model(source), config, _lines(text), tokenizer=open_tokenizer(source))
         if output is not None:
             found.save(output)
@@ -150,7 +127,7 @@ def generate(
         if tokenizer is None:
             raise InvalidOptionError(f"{source} has no tokenizer; put one there by tokenizer.save_pretrained")
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        generator = Generator(open_model(source), ids.shape[1] + max_new_tokens, _config(option))
+        generator = Generator(open_model(source), ids.shape[1] + max_new_tokens, options_of(option))
         tokens: list[int] = []
         shown = ""
         for token in generator.stream(ids, max_new_tokens, temperature=temperature, seed=seed):
@@ -177,19 +154,6 @@ def doctor(as_json: Json = False) -> None:
             console.print(table)
     if any(check.needed and not check.ok for check in found):
         raise typer.Exit(1)
-
-
-def _config(options: list[str] | None) -> Config:
-    given = {}
-    for option in options or []:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise InvalidOptionError(f"--option {option!r} is not NAME=VALUE; write bits=3 for one")
-        try:
-            given[name] = json.loads(value)
-        except ValueError:
-            given[name] = value
-    return Config.from_options(given)
 
 
 def _lines(text: Path | None) -> list[str] | None:
