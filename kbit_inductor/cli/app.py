@@ -100,7 +100,7 @@ def plan_bits(
     output: Output = None,
     option: Options = None, text: Text = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Choose bits for each layer under a budget: -o average_bits=3.5, or -o memory_budget="90 MB"."""
+    """Choose bits for each layer under a budget: -o average_bits=3.5, memory_budget="90 MB" or latency_budget="2 ms"."""
     with reported(as_json):
         config = options_of(["bits=auto", *(option or [])])
         found = plan(open_model(source), config, _lines(text), tokenizer=open_tokenizer(source))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering import ops
-from kbit_inductor.lowering.registry import Problem, choose
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
 
 INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}  # of the same bytes, which no conversion casts

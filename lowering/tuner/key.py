@@ -86,9 +86,8 @@ def problem_of(shape: str) -> tuple[Problem, int]:
     found = _SHAPE.fullmatch(shape)
     if found is None:
         raise ValueError(f"{shape!r} is no shape of a table of measured times")
-    sizes = (int(found[name]) for name in ("n", "k", "bits", "group"))
     problem = Problem(
-        "linear", "cuda", getattr(torch, found["dtype"]), *sizes, found["codebook"] is None, int(found["a"] or 16),
-        found["symmetric"] is not None,
+        "linear", "cuda", getattr(torch, found["dtype"]), int(found["n"]), int(found["k"]), int(found["bits"]), int(found["group"]),
+        found["codebook"] is None, int(found["a"] or 16), found["symmetric"] is not None,
     )  # fmt: skip
     return problem, int(found["m"])

@@ -47,7 +47,8 @@ def tune(
     The first is always timed. Another one is begun only where the longest so far, compiling included, would still end in time.
     A keyboard interrupt ends it with what there is.
     """
-    times, dropped = dict(known or {}), []
+    times = dict(known or {})
+    dropped: list[tuple[Config, str]] = []
     start, longest = clock(), 0.0
     for config in configs:
         if config in times:
