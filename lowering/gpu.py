@@ -8,6 +8,7 @@ Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing els
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.kernels.words import unpack_words
 from kbit_inductor.lowering import operands
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.tuner.lookup import config_for
 
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
@@ -54,7 +57,10 @@ def _linear(
     operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
     operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
     grid = (words, scale, offset, global_scale)
-    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual)
+    sizes = (words.size(0), x.size(-1), bits, group_size)
+    problem = Problem("linear", "cuda", x.dtype, *sizes, uniform=codebook is None, symmetric=offset is None)
+    config = config_for(problem, math.prod(x.shape[:-1]), x.device)
+    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, config)
 
 
 def _embedding(

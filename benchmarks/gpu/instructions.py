@@ -15,7 +15,7 @@ import triton
 
 from kbit_inductor.kernels.layout import group_count
 from kbit_inductor.kernels.triton import aot, linear
-from kbit_inductor.kernels.triton.config import Device, default_config
+from kbit_inductor.kernels.triton.config import Config, Device, default_config
 from kbit_inductor.kernels.words import WordLayout
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
@@ -41,10 +41,11 @@ def compile_product(
     group_size: int = GROUP_SIZE,
     symmetric: bool = False,
     codebook: bool = False,
+    config: Config | None = None,
 ) -> tuple[aot.CompiledKernel, float]:
-    """The kernel that a product of ``rows`` rows launches by default, and the weights of a thread in one pass of its main loop."""
+    """The kernel that a product of ``rows`` rows launches, and the weights of a thread in one pass of its main loop."""
     layout = WordLayout.of(bits, k, group_size)
-    config = default_config(rows, n, layout, dtype, DEVICES[target])
+    config = config or default_config(rows, n, layout, dtype, DEVICES[target])
     with torch.device("meta"):
         words = torch.empty(n, layout.row_words, dtype=torch.int16)
         scale = torch.empty(group_count(k, group_size), n, dtype=torch.float16)

@@ -19,7 +19,8 @@ from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.logs import logger
 from kbit_inductor.lowering import ops
-from kbit_inductor.lowering.registry import Problem, choose
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
 
 log = logger("pack")

@@ -63,7 +63,7 @@ def candidates(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Confi
 
 def _combinations(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Config]:
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
-    loops = []
+    loops: list[tuple[tuple[int, ...], tuple[int, ...], int, bool, tuple[int, ...]]] = []
     if m <= DECODE_ROWS and problem.dtype != torch.float32:
         blocks_m = (device.least_rows,) if m <= device.least_rows else (16,)
         loops.append((blocks_m, (16, 32, 64), layout.block_pieces, False, (1, 2, 4)))
