@@ -37,8 +37,9 @@ def fake_gpu_model(model: nn.Module, mode: FakeTensorMode, device: str = "cuda:0
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             made[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     for module in moved.modules():
-        for table in (module._parameters, module._buffers):
-            table.update({name: made[id(tensor)] for name, tensor in table.items() if tensor is not None})  # type: ignore[arg-type]
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            table.update({name: made[id(tensor)] for name, tensor in table.items() if tensor is not None})
     return moved
 
 
