@@ -21,8 +21,8 @@ CODE := kbit_inductor lowering kernels tests benchmarks
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export coverage sanitize lint format typecheck typing-tree compiler clean \
-	distclean
+.PHONY: help demo bench-cpu bench-quality gpu test test-export coverage sanitize fuzz-files lint format typecheck typing-tree compiler \
+	clean distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,12 @@ sanitize: compiler $(VENV)/.installed  ## the CPU kernels' tests under the addre
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	CXX="$(CXX) $(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 KBIT_TEST_EXAMPLES=60 \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py
+
+# hypothesis counts how each file ended: read, or by which error.
+N := 10000
+fuzz-files: compiler $(VENV)/.installed  ## N=10000 damaged files of each format that is read: none may crash
+	@echo "== $(N) damaged files of each format"
+	@KBIT_TEST_EXAMPLES=$(N) $(BIN)/python -m pytest --hypothesis-show-statistics tests/test_import_damage.py
 
 lint: $(VENV)/.linters  ## ruff (rules and format) and mypy
 	@echo "== ruff"

@@ -1,7 +1,7 @@
 """Whether the cost model's short lists compile without spills, in the registers that it assumes.
 
-``python benchmarks/gpu/short_list.py`` writes benchmarks/results/gpu_short_list.json, which tests/test_cost_model.py reads. It needs
-a few minutes and no GPU.
+``python benchmarks/gpu/short_list.py`` writes benchmarks/results/gpu_short_list.json, which tests/test_cost_model.py reads. It
+needs a few minutes and no GPU.
 """
 
 from __future__ import annotations

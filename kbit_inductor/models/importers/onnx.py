@@ -26,6 +26,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.kernels.layout import MAX_BITS, group_count
 from kbit_inductor.logs import logger
 from kbit_inductor.models import filling
+from kbit_inductor.models.damage import PARSING_ERRORS
 from kbit_inductor.models.importers.coded import CodedWeight
 from kbit_inductor.models.importers.fields import unpack_fields
 
@@ -86,7 +87,7 @@ def _opened(path: Path) -> Any:
         raise NotAModelFileError(f"{path} is no file; give a file of ONNX")
     try:
         return onnx.load(str(path))
-    except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
+    except (DecodeError, onnx.checker.ValidationError, *PARSING_ERRORS) as error:
         raise NotAModelFileError(f"{path} is no file of ONNX, or is damaged ({error}); copy it anew") from error
 
 
@@ -163,5 +164,5 @@ def _values(tensor: Any) -> Tensor:
 
     try:
         return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except PARSING_ERRORS as error:
         raise CorruptModelError(f"tensor {tensor.name!r} is damaged ({error}); export the model anew") from error
