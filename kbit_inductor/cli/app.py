@@ -20,6 +20,7 @@ from kbit_inductor.cli.chat import chat
 from kbit_inductor.cli.evaluate import evaluate
 from kbit_inductor.cli.files import check_new, need_tokenizer, new_folder, open_model, open_tokenizer
 from kbit_inductor.cli.options import Json, Options, Source, config_of, console, reported, show
+from kbit_inductor.cli.scaling import scaling
 from kbit_inductor.cli.text import pieces
 from kbit_inductor.debug.bisect import bisect as bisect_model
 from kbit_inductor.explain import explain as explain_model
@@ -205,6 +206,7 @@ def doctor(as_json: Json = False) -> None:
 app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(bench)
+app.command()(scaling)
 
 
 def _example(batch: int) -> Tensor:
