@@ -34,13 +34,27 @@ def errors(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.dim() == 2]
+    return {"model": folder.name, **_ratios(weights, GROUP)}
+
+
+def random_errors() -> list[dict[str, Any]]:
+    """The same of random weights, in groups of different sizes, and with heavy tails."""
+    gaussian = torch.randn(256, 2048, generator=torch.Generator().manual_seed(0))
+    factors = torch.randn(256, 2048, generator=torch.Generator().manual_seed(1)).exp()
+    kinds = [(f"Gaussian, groups of {size}", gaussian, size) for size in (16, 32, 64, 128, 2048)]
+    kinds.append(("Gaussian times log-normal, groups of 64", gaussian * factors, GROUP))
+    return [{"model": name, **_ratios([weight], size)} for name, weight, size in kinds]
+
+
+def _ratios(weights: Sequence[Tensor], group_size: int) -> dict[str, Any]:
     ours, theirs = [], []
-    for weight in (parameter.detach() for parameter in model.parameters() if parameter.dim() == 2):
+    for weight in weights:
         norm = float(weight.square().sum())
-        ours.append([error * norm for error in cascade(weight, Format(8, GROUP)).errors])
-        theirs.append([clip(weight, Format(bits, GROUP)).error * norm for bits in BITS])
+        ours.append([error * norm for error in cascade(weight, Format(8, group_size)).errors])
+        theirs.append([clip(weight, Format(bits, group_size)).error * norm for bits in BITS])
     one, other = torch.tensor(ours), torch.tensor(theirs)
-    return {"model": folder.name, "all": (one.sum(0) / other.sum(0)).tolist(), "worst": (one / other).amax(0).tolist()}
+    return {"all": (one.sum(0) / other.sum(0)).tolist(), "worst": (one / other).amax(0).tolist()}
 
 
 def times(rows: int, columns: int, tokens: int, rounds: int) -> list[dict[str, float]]:
@@ -111,8 +125,8 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
     """The tables of the page."""
     bits = " | ".join(str(k) for k in BITS)
     rule = " ---: |" * len(BITS)
-    yield f"Squared error over that of `clip` at the same bits, groups of {GROUP}, of all matrices of a model (of the worst one):\n"
-    yield f"| model | {bits} |\n| --- |{rule}"
+    yield f"Squared error over that of `clip` at the same bits, of all matrices of a model in groups of {GROUP} (of the worst):\n"
+    yield f"| | {bits} |\n| --- |{rule}"
     for row in results["errors"]:
         both = zip(row["all"], row["worst"], strict=True)
         yield f"| {row['model']} | " + " | ".join(f"{total:.3f} ({worst:.3f})" for total, worst in both) + " |"
@@ -165,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with torch.no_grad():
         results["threads"] = torch.get_num_threads()
-        part("errors", lambda: [errors(folder) for folder in options.models])
+        part("errors", lambda: [*map(errors, options.models), *random_errors()])
         sizes = [{"rows": n, "columns": n, "tokens": tokens} for n in options.sizes for tokens in (1, 4)]
         part("times", lambda: [{**size, "bits": times(**size, rounds=options.rounds)} for size in sizes])
         texts = [(folder, options.text, options.new) for folder in options.models[-1:]]
