@@ -20,6 +20,7 @@ from kbit_inductor.cli.chat import chat
 from kbit_inductor.cli.evaluate import evaluate
 from kbit_inductor.cli.files import check_new, need_tokenizer, new_folder, open_model, open_tokenizer
 from kbit_inductor.cli.options import EXAMPLE_TOKENS, Json, Options, Source, config_of, console, reported, show
+from kbit_inductor.cli.scaling import scaling
 from kbit_inductor.cli.text import pieces
 from kbit_inductor.cli.tune import tune
 from kbit_inductor.debug.bisect import bisect as bisect_model
@@ -206,6 +207,7 @@ app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(bench)
 app.command()(tune)
+app.command()(scaling)
 
 
 def _example(batch: int) -> Tensor:
