@@ -75,9 +75,11 @@ class LayerConfig:
         name = self.codebook if self.levels() else "uniform"
         return dataclasses.replace(self, activation_bits="auto", codebook=name)
 
-    def activation_bits_on_cpu(self) -> int:
-        """What kernels of the CPU round activations to."""
-        return AUTO_ACTIVATION_BITS if isinstance(self.activation_bits, str) else self.activation_bits
+    def activation_bits_on(self, device: str) -> int:
+        """What kernels of a type of device, ``"cpu"`` or another one, round activations to; 16 where they do not."""
+        if isinstance(self.activation_bits, str):
+            return AUTO_ACTIVATION_BITS if device == "cpu" else 16
+        return self.activation_bits
 
     def levels(self) -> Codebook | None:
         """The levels that codes stand for; None where every code is its own."""

@@ -37,6 +37,7 @@ def register_kernel(
     cost: Callable[[Problem], float],
     layout: str = "planes",
     works: Callable[[Problem, DeviceRecord], Sequence[Work]] | None = None,
+    rounds: bool = False,
 ) -> Kernel:
     """Let a kernel compute products or look-ups of graphs that are compiled from now on, where it can and is the cheapest.
 
@@ -49,12 +50,13 @@ def register_kernel(
         cost: its time for one row of activations, in bytes that could be read meanwhile.
         layout: of the packed weights that it reads, ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
         works: for the cost model, see docs/cost-model.md; by default it is taken to read ``cost`` bytes.
+        rounds: whether its products take ``activation_bits``, as their last argument.
 
     Raises:
         InvalidKernelError: another kernel has the name (the same one may come again), no operator has the suffix, or there is no
             such layout.
     """
-    return add(Kernel(name, suffix, supports, cost, layout, works))
+    return add(Kernel(name, suffix, supports, cost, layout, works, rounds))
 
 
 def add(kernel: Kernel) -> Kernel:

@@ -3,7 +3,8 @@
 Operands are those of :mod:`kbit_inductor.lowering.ops` but for two: ``words`` (:mod:`kbit_inductor.kernels.words`) in place of
 ``planes``, and ``scale`` and ``offset`` with groups before rows, ``[G, N]``, so that the rows of a program lie side by side.
 
-Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else. The fused operator has none.
+Packed weights are constants: gradients reach ``x`` and ``bias`` and nothing else, past the rounding of activations as if there were
+none. The fused operator has none.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ from torch import Tensor
 
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS
 from kbit_inductor.kernels.words import unpack_words
-from kbit_inductor.lowering import operands
+from kbit_inductor.lowering import operands, ops
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.tuner.lookup import config_for
 
+NOT_ROUNDED = 16
+HALVES = (torch.float16, torch.bfloat16)
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
-    "linear_triton": f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook=None) -> Tensor",
+    # activation_bits: 1 to 8, or 16 for x as it is.
+    "linear_triton": (
+        f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook=None, int activation_bits=16) -> Tensor"
+    ),
     # residual + activation(x @ W.T + bias) * factor
     "fused_linear_triton": (
         f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook, str activation, Tensor? factor, "
-        "Tensor? residual) -> Tensor"
+        "Tensor? residual, int activation_bits=16) -> Tensor"
     ),
     "embedding_triton": (
         f"(Tensor indices, {WORDS}, int embedding_dim, int bits, int group_size, ScalarType dtype, Tensor? codebook=None) -> Tensor"
@@ -49,18 +56,43 @@ def dequantize_words(
 
 def _linear(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None = None, activation: str = "", factor: Tensor | None = None,
-    residual: Tensor | None = None,
+    group_size: int, codebook: Tensor | None = None, activation_bits: int = NOT_ROUNDED,
+) -> Tensor:  # fmt: skip
+    """By float weights where there are many rows of x."""
+    packed = (words, scale, offset, global_scale)
+    if activation_bits == NOT_ROUNDED and x.dtype in HALVES and x.numel() >= FLOAT_ROWS * x.size(-1) > 0:
+        from kbit_inductor.kernels.triton.dequantize import linear_by_float
+
+        operands.check_devices(x, weight=words, scale=scale, bias=bias)
+        operands.check_words(*packed, codebook, x.shape[-1], bits, group_size)
+        return linear_by_float(x, *packed, bias, bits, group_size, codebook)
+    return _fused_linear(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
+
+
+def _fused_linear(
+    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
+    group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = NOT_ROUNDED,
 ) -> Tensor:  # fmt: skip
     from kbit_inductor.kernels.triton.linear import linear
 
     operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
     operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
     grid = (words, scale, offset, global_scale)
-    sizes = (words.size(0), x.size(-1), bits, group_size)
-    problem = Problem("linear", "cuda", x.dtype, *sizes, uniform=codebook is None, symmetric=offset is None)
-    config = config_for(problem, math.prod(x.shape[:-1]), x.device)
-    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, config)
+    config = None
+    if activation_bits == NOT_ROUNDED:  # those of rounded activations are not tuned
+        sizes = (words.size(0), x.size(-1), bits, group_size)
+        problem = Problem("linear", "cuda", x.dtype, *sizes, uniform=codebook is None, symmetric=offset is None)
+        config = config_for(problem, math.prod(x.shape[:-1]), x.device)
+    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, activation_bits, config)
+
+
+def _linear_bits(*arguments: Any) -> Tensor:
+    from kbit_inductor.kernels.triton.bits import linear_bits
+
+    x, planes, scale = arguments[:3]
+    operands.check_devices(x, weight=planes, scale=scale)
+    return linear_bits(*arguments)
 
 
 def _embedding(
@@ -90,7 +122,7 @@ def _grad_input_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, words, scale, offset, global_scale, bias, ctx.bits, ctx.group_size, codebook = inputs
+    x, words, scale, offset, global_scale, bias, ctx.bits, ctx.group_size, codebook, _ = inputs
     ctx.columns = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(words, scale, offset, global_scale, codebook)
@@ -103,7 +135,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = torch.ops.kbit.linear_grad_input_triton(grad, *packed, ctx.bits, ctx.group_size, codebook, ctx.columns)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return to_x, *(None,) * 4, to_bias, *(None,) * 3
+    return to_x, *(None,) * 4, to_bias, *(None,) * 4
 
 
 def _grad_input(
@@ -131,6 +163,7 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.kbit.linear_triton(grad, *packed, None, ctx.bits, ctx.group_size, codebook), *(None,) * 8
 
 
+ops.define("linear", "_triton_bits", rounds=True)  # of planes, as they are stored
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("kbit::linear_triton", _linear_fake)
@@ -138,7 +171,8 @@ torch.library.register_fake("kbit::fused_linear_triton", _linear_fake)
 torch.library.register_fake("kbit::embedding_triton", _embedding_fake)
 torch.library.register_fake("kbit::linear_grad_input_triton", _grad_input_fake)
 torch.library.impl("kbit::linear_triton", "CUDA", _linear)
-torch.library.impl("kbit::fused_linear_triton", "CUDA", _linear)
+torch.library.impl("kbit::fused_linear_triton", "CUDA", _fused_linear)
+torch.library.impl("kbit::linear_triton_bits", "CUDA", _linear_bits)
 torch.library.impl("kbit::embedding_triton", "CUDA", _embedding)
 torch.library.impl("kbit::linear_grad_input_triton", "CompositeExplicitAutograd", _grad_input)
 torch.library.register_autograd("kbit::linear_triton", _linear_backward, setup_context=_save_operands)

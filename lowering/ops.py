@@ -38,10 +38,15 @@ GRADIENT_SCHEMA = (
 GRADIENT_CHUNK = 1 << 20  # weight elements dequantized at once for a gradient: 4 MB of float32
 
 
-def define(family: str, suffix: str = "") -> Operator:
-    """Define the operator ``kbit::{family}{suffix}`` with the schema, fake and derivative of its family."""
-    name = f"kbit::{family}{suffix}"
-    torch.library.define(name, FAMILIES[family], tags=(torch.Tag.pt2_compliant_tag,))
+def define(family: str, suffix: str = "", rounds: bool = False) -> Operator:
+    """Define the operator ``kbit::{family}{suffix}`` with the schema, fake and derivative of its family.
+
+    One of ``"linear"`` that ``rounds`` activations has one more argument, ``activation_bits``; its derivative passes the rounding.
+    """
+    name, schema = f"kbit::{family}{suffix}", FAMILIES[family]
+    if rounds:
+        schema = schema.replace(") -> Tensor", ", int activation_bits=16) -> Tensor")
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     if family == "linear":
         torch.library.register_fake(name, _linear_fake)
         torch.library.register_autograd(name, _linear_backward, setup_context=_save_operands)
@@ -65,6 +70,7 @@ def _linear_fake(
     bias: Tensor | None,
     group_size: int,
     codebook: Tensor | None = None,
+    activation_bits: int = 16,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], planes.shape[1]))
 
@@ -84,7 +90,7 @@ def _embedding_fake(
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, planes, scale, offset, global_scale, bias, ctx.group_size, codebook = inputs
+    x, planes, scale, offset, global_scale, bias, ctx.group_size, codebook, *ctx.rounding = inputs
     ctx.columns = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(planes, scale, offset, global_scale, codebook)
@@ -97,7 +103,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x = torch.ops.kbit.linear_grad_input(grad, planes, scale, offset, global_scale, ctx.columns, ctx.group_size, codebook)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return to_x, None, None, None, None, to_bias, None, None
+    return to_x, None, None, None, None, to_bias, None, None, *(None for _ in ctx.rounding)
 
 
 def _grad_input(

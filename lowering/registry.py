@@ -49,6 +49,7 @@ class Kernel:
             ``"tiled"`` or ``"vectors"`` (kernels/cpu/tiled.h).
         works: the ways in which it can compute a problem on a device, as expressions in M (:mod:`kbit_inductor.lowering.cost`);
             the fastest is what it takes. None: reading ``cost`` bytes.
+        rounds: whether its products round activations: ``activation_bits`` is then their last argument.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Kernel:
     cost: Callable[[Problem], float]
     layout: str = "planes"
     works: Callable[[Problem, DeviceRecord], Sequence[Work]] | None = None
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,29 @@ def _triton_supports(problem: Problem) -> str | None:
         return f"runs on a GPU, the weight is on {problem.device}"
     if problem.dtype not in FLOATS:
         return f"takes float32, bfloat16 and float16, not {problem.dtype}"
-    if problem.family not in MATRIX_FAMILIES:
-        return "takes one matrix, not a batch of them"
     return requirements.triton_problem() or requirements.gpu_problem(problem.device_index)
+
+
+def _triton_cost(problem: Problem) -> float:
+    """By instructions: while an H200 reads a code of k bits it can execute 7 k / 8, and a code takes at least one and a half."""
+    return problem.packed_bytes * max(1.0, 1.5 / (0.875 * problem.bits))
+
+
+def _triton_bits_supports(problem: Problem) -> str | None:
+    if problem.device != "cuda" or problem.dtype not in FLOATS:
+        return _triton_supports(problem)
+    if problem.family != "linear":
+        return "computes products with one matrix"
+    if problem.activation_bits > MAX_BIT_VECTORS:
+        return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
+    if problem.columns % WORD_COLUMNS or problem.group_size % WORD_COLUMNS:
+        return f"takes rows and groups of multiples of {WORD_COLUMNS} columns, not of {problem.columns} and {problem.group_size}"
+    return _triton_supports(problem) if problem.uniform else "takes uniform codes, not a codebook"
+
+
+def _triton_bits_cost(problem: Problem) -> float:
+    """While an H200 reads a word of a plane, it can count 3 of them; a plane is counted once for each bit of an activation."""
+    return problem.packed_bytes * max(1.0, problem.activation_bits / 3)
 
 
 def _reference_bytes(problem: Problem) -> float:
@@ -159,8 +181,9 @@ def _reference_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
 
 
 KERNELS = (
-    Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors"),
-    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", _cpu_works),
-    Kernel("triton", "_triton", _triton_supports, lambda problem: problem.packed_bytes, "words", _triton_works),
+    Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors", rounds=True),
+    Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", _cpu_works, rounds=True),
+    Kernel("triton", "_triton", _triton_supports, _triton_cost, "words", _triton_works, rounds=True),
+    Kernel("triton-bits", "_triton_bits", _triton_bits_supports, _triton_bits_cost, rounds=True),
     Kernel("reference", "", lambda problem: None, _reference_bytes, "planes", _reference_works),
 )

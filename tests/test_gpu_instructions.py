@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu.instructions import DEVICES, RESULTS, ROWS, compile_product
 
 TABLE = json.loads(RESULTS.read_text())
-RECORDS = {(record["target"], record["bits"], record["rows"]): record for record in TABLE["records"]}
+KEY = ("target", "x", "bits", "rows")
+ALL = {tuple(record[name] for name in KEY): record for record in TABLE["records"] if "ragged" not in record}
+RECORDS = {(target, bits, rows): record for (target, x, bits, rows), record in ALL.items() if x == "float16"}
+RAGGED = [record for record in TABLE["records"] if "ragged" in record]
 NVIDIA = [target for target in DEVICES if target.startswith("sm")]
 # What an H200 can execute while it reads a weight of so many bits, unpacking, scaling and multiplying together.
 MOST_PER_WEIGHT = {4: 3.5, 3: 2.6, 2: 1.8}
@@ -27,13 +30,35 @@ compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason=
 
 def test_the_table_has_every_configuration_and_none_spills():
     assert set(RECORDS) == {(target, bits, rows) for target in DEVICES for bits in range(1, 9) for rows in ROWS}
-    assert [record for record in TABLE["records"] if record["spill_bytes"]] == []
+    spilled = {key: record["spill_bytes"] for key, record in ALL.items() if record["spill_bytes"]}
+    assert spilled == {}
 
 
 @pytest.mark.parametrize("bits", MOST_PER_WEIGHT)
 @pytest.mark.parametrize("target", NVIDIA)
 def test_decoding_takes_no_more_instructions_than_reading_allows(target, bits):
     assert RECORDS[target, bits, 1]["per_weight"] <= MOST_PER_WEIGHT[bits]
+
+
+def test_what_divides_is_not_guarded():
+    """No load or store has a mask where every block is full; where none is, they have."""
+    full = [record for record in TABLE["records"] if "guarded" in record and "ragged" not in record and record["rows"] == 256]
+    assert len(full) > 30 and {record["guarded"] for record in full} == {0}
+    assert len(RAGGED) == len(ROWS) and all(record["guarded"] > 0 for record in RAGGED)
+
+
+@pytest.mark.parametrize("bits", MOST_PER_WEIGHT)
+def test_bfloat16_takes_no_more_than_reading_allows_but_at_2_bits(bits):
+    """There it takes a few more, since its mantissa has room for three of the four places of a code in a byte."""
+    assert ALL["sm_90", "bfloat16", bits, 1]["per_weight"] <= (1.9 if bits == 2 else MOST_PER_WEIGHT[bits])
+
+
+def test_counting_takes_fewer_instructions_than_multiplying():
+    """At 1 bit, where an H200 can execute 0.875 instructions while it reads a weight."""
+    for x in ("1 bits", "4 bits"):
+        record = ALL["sm_90", x, 1, 1]
+        assert record["per_weight"] <= 0.875 < ALL["sm_90", "int8", 1, 1]["per_weight"]
+        assert record["kinds"]["POPC"] >= 8
 
 
 @compiled

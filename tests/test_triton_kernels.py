@@ -22,6 +22,7 @@ from torch.nn import functional
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import group_count, midpoint, pack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words
+from kbit_inductor.lowering import gpu
 from kbit_inductor.lowering.gpu import dequantize_words
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,10 +32,14 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu.instructions import compile_product
 
-from kbit_inductor.kernels.triton import aot, unpack
+from kbit_inductor.kernels.triton import aot, launch, unpack
+from kbit_inductor.kernels.triton import bits as triton_bits
+from kbit_inductor.kernels.triton import dequantize as triton_dequantize
 from kbit_inductor.kernels.triton import embedding as triton_embedding
+from kbit_inductor.kernels.triton import grouped as triton_grouped
 from kbit_inductor.kernels.triton import linear as triton_linear
-from kbit_inductor.kernels.triton.config import Config
+from kbit_inductor.kernels.triton import quantize as triton_quantize
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config
 from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,6 +50,7 @@ UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, 
 EXAMPLES = int(os.environ.get("KBIT_TEST_EXAMPLES", "45"))
 SUMS = 2**-24 if INTERPRETED else 2**-23  # of float32 sums: tensor cores truncate where they add
 DTYPES = st.sampled_from(list(UNIT))
+ACTIVATION_BITS = st.sampled_from([16, 16, 1, 4, 8])
 
 
 # ---- strategies
@@ -112,11 +118,15 @@ def dot_of_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
-def linear_bound(x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_size: int, exact: Tensor, bias: Tensor | None):
+def linear_bound(
+    x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_size: int, exact: Tensor, bias: Tensor | None, rounded=False
+) -> Tensor:  # fmt: skip
     """The bound in the docstring of ``linear`` before the activation; all but ``x`` is float64."""
     unit, single = UNIT[x.dtype], SUMS
     scale, offset, global_scale = (None if each is None else each.double() for each in grid)
-    lift = 0 if x.dtype == torch.float16 else 272 if level_bits == 8 else 2**level_bits
+    lift = 0 if x.dtype == torch.float16 else 272 if level_bits == 8 else 128
+    if rounded:
+        lift = 256 if level_bits == 8 else 0
     group = torch.arange(x.size(-1)) // group_size
     middle = scale * midpoint(level_bits) if offset is None else offset
     magnitude = (scale.abs()[:, group] * (codes + lift) + middle.abs()[:, group]) * global_scale
@@ -129,6 +139,22 @@ def linear_bound(x: Tensor, grid: tuple, codes: Tensor, level_bits: int, group_s
     if bias is not None:
         error += single * bias.abs()
     return unit * exact.abs() + (1 + unit) * error
+
+
+def assert_is_product(actual, x, grid, codes, levels, bits, group_size, bias=None, activation_bits=16):
+    """``actual`` is ``x @ W.T + bias`` of the packed weight, within the bound."""
+    wide = x.double()
+    if activation_bits < 16:
+        wide = reference.round_activations(launch.flat_rows(x), group_size, activation_bits).view(x.shape)
+    exact = reference.linear(wide, pack_codes(codes, bits), *grid, bias, group_size, levels)
+    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
+    bias = None if bias is None else bias.double()
+    # The step of 1 bit, a mean, is a sum of up to K terms itself, in the kernel and in its definition.
+    magnitude = (3 * wide if activation_bits == 1 else wide).to(x.dtype)
+    bound = linear_bound(magnitude, grid, found.double(), level_bits, group_size, exact, bias, activation_bits < 16)
+    assert actual.dtype == x.dtype and actual.shape == exact.shape
+    error = (actual.double() - exact).abs()
+    assert (error <= bound).all(), f"worst error is {(error / bound).nan_to_num(torch.inf).max():.3g} times the bound"
 
 
 CONFIGS = st.sampled_from(["default", "decode", "split", "flat", "wide"])
@@ -154,8 +180,11 @@ def config_named(name: str, layout: WordLayout) -> Config | None:
     bias=st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     strides=st.sampled_from(["contiguous", "transposed", "stepped", "expanded", "batched"]),
     config=CONFIGS,
+    activation_bits=ACTIVATION_BITS,
 )
-def check_linear(bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config):
+def check_linear(
+    bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config, activation_bits
+):  # fmt: skip
     torch.manual_seed(seed)
     grid, codes, levels = packed_weight(n, columns, bits, group_size, symmetric, exponent, codebook)
     x = with_strides(torch.randn(m, columns).to(dtype), strides)
@@ -163,15 +192,8 @@ def check_linear(bits, columns, group_size, symmetric, exponent, seed, m, n, dty
 
     chosen = config_named(config, WordLayout.of(bits, columns, group_size))
     words = as_words(grid, codes, bits, group_size)
-    actual = triton_linear.linear(x, *words, bias, bits, group_size, levels, config=chosen)
-
-    exact = reference.linear(x.double(), pack_codes(codes, bits), *grid, bias, group_size, levels)
-    bias = None if bias is None else bias.double()
-    found, level_bits = (codes, bits) if levels is None else (levels[codes.int()], 8)
-    bound = linear_bound(x, grid, found.double(), level_bits, group_size, exact, bias)
-    assert actual.dtype == dtype and actual.shape == exact.shape
-    error = (actual.double() - exact).abs()
-    assert (error <= bound).all(), f"worst error is {(error / bound).nan_to_num(torch.inf).max():.3g} times the bound"
+    actual = triton_linear.linear(x, *words, bias, bits, group_size, levels, activation_bits=activation_bits, config=chosen)
+    assert_is_product(actual, x, grid, codes, levels, bits, group_size, bias, activation_bits)
 
 
 @settings(max_examples=min(25, EXAMPLES), deadline=None, print_blob=True)
@@ -189,7 +211,7 @@ def check_epilogue(dtype, activation, bias, factor, residual, config, m, n, size
     bias_, factor_, residual_ = (
         torch.randn(shape).to(dtype) if wanted else None for shape, wanted in ((n, bias), ((m, n), factor), ((m, n), residual))
     )
-    actual = triton_linear.linear(x, *words, bias_, 4, 32, None, activation, factor_, residual_, chosen)
+    actual = triton_linear.linear(x, *words, bias_, 4, 32, None, activation, factor_, residual_, config=chosen)
 
     exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias_, 32)
     functions = {"": lambda y: y, "relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
@@ -218,6 +240,62 @@ def check_split_sums_do_not_depend_on_the_order_of_programs():
     assert torch.equal(split, ((parts[0] + parts[1]) + parts[2]) + parts[3])
 
 
+def packed_batch(count: int, n: int, columns: int, bits: int, group_size: int, symmetric: bool, exponent: int, codebook: bool):
+    """Matrices of :func:`packed_weight`, and the operands of the kernels of all of them: words, their grids, codebooks."""
+    matrices = [packed_weight(n, columns, bits, group_size, symmetric, exponent - 4 - i, codebook) for i in range(count)]
+    operands = zip(*((*as_words(grid, codes, bits, group_size), levels) for grid, codes, levels in matrices), strict=True)
+    *words, levels = (None if each[0] is None else fenced(torch.stack(each)) for each in operands)
+    return matrices, words, levels
+
+
+EXPERTS = PACKED | {
+    "n": st.integers(1, 20),
+    "dtype": DTYPES,
+    "codebook": st.booleans(),
+    "config": st.sampled_from(["default", "flat"]),
+}
+EXPERTS |= {"columns": st.integers(1, 70), "where_dtype": st.sampled_from([torch.int32, torch.int64])}
+EXPERTS |= {"activation_bits": ACTIVATION_BITS}
+
+
+@settings(max_examples=5, deadline=None, print_blob=True)
+@given(**EXPERTS, counts=st.lists(st.integers(0, 12), min_size=1, max_size=3), rest=st.integers(0, 9))
+def check_grouped(
+    bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, activation_bits, counts, rest
+):  # fmt: skip
+    torch.manual_seed(seed)
+    matrices, words, levels = packed_batch(len(counts), n, columns, bits, group_size, symmetric, exponent, codebook)
+    x, offsets = (
+        fenced(torch.randn(sum(counts) + rest, columns).to(dtype)),
+        fenced(torch.tensor(counts).cumsum(0, dtype=where_dtype)),
+    )
+    chosen = config_named(config, WordLayout.of(bits, columns, group_size))
+    product = triton_grouped.grouped_linear(x, *words, offsets, bits, group_size, levels, activation_bits, chosen)
+    *groups, zeros = product.split([*counts, rest])
+    for actual, rows, matrix in zip(groups, x.split([*counts, rest]), matrices, strict=False):
+        assert_is_product(actual, rows, *matrix, bits, group_size, None, activation_bits)
+    assert torch.equal(zeros, torch.zeros(rest, n, dtype=dtype))
+
+
+@settings(max_examples=5, deadline=None, print_blob=True)
+@given(**EXPERTS, m=st.integers(1, 20), index=st.one_of(st.none(), st.lists(st.integers(-5, 4), max_size=6)))
+def check_batched(
+    bits, columns, group_size, symmetric, exponent, seed, n, dtype, codebook, config, where_dtype, activation_bits, m, index
+):  # fmt: skip
+    """With an index of fewer entries than matrices, of more, or none. Of 3 matrices, -5 to -4, 3 and 4 are none."""
+    torch.manual_seed(seed)
+    matrices, words, levels = packed_batch(3, n, columns, bits, group_size, symmetric, exponent, codebook)
+    chosen = config_named(config, WordLayout.of(bits, columns, group_size))
+    x = fenced(torch.randn(3 if index is None else len(index), m, columns).to(dtype))
+    where = None if index is None else fenced(torch.tensor(index, dtype=where_dtype))
+    actual = triton_grouped.batched_linear(x, *words, where, bits, group_size, levels, activation_bits, chosen)
+    for result, rows, i in zip(actual, x, range(3) if index is None else index, strict=True):
+        if -3 <= i < 3:
+            assert_is_product(result, rows, *matrices[i], bits, group_size, None, activation_bits)
+        else:
+            assert result.isnan().all()
+
+
 def check_a_graph_of_fused_products() -> None:
     """A gated layer as the passes leave it, every call of it by the kernel."""
     from test_gpu_fusion import TRITON, Gated, ran
@@ -228,9 +306,9 @@ def check_a_graph_of_fused_products() -> None:
 
     with scoped_library("kbit", "IMPL") as library, pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))
-        for name in ("linear_triton", "fused_linear_triton"):
-            library.impl(name, triton_linear.linear, "CPU")
-        graph, error = ran(Gated(), torch.randn(3, 24))
+        library.impl("linear_triton", gpu._linear, "CPU")
+        library.impl("fused_linear_triton", gpu._fused_linear, "CPU")
+        graph, error = ran(Gated(), torch.randn(3, 24), activation_bits=16)
     assert graph.fusions == {"activation": 1, "gate": 1, "residual": 1} and error < 1e-5
 
 
@@ -258,6 +336,60 @@ def check_embedding(bits, columns, group_size, symmetric, exponent, seed, rows, 
         assert ((actual.float() - exact).abs() <= UNIT[dtype] * exact.abs()).all()
     else:
         assert torch.equal(actual, reference.embedding(indices, *packed, dtype, levels))
+
+
+@settings(max_examples=12, deadline=None, print_blob=True)
+@given(
+    bits=st.integers(1, 8), activation_bits=st.integers(1, 4), words=st.integers(0, 40), group_words=st.integers(1, 9),
+    symmetric=st.booleans(), m=st.integers(0, 3), n=st.integers(0, 20), dtype=DTYPES, bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def check_bits(bits, activation_bits, words, group_words, symmetric, m, n, dtype, bias, seed):
+    torch.manual_seed(seed)
+    columns, group_size = 32 * words, 32 * group_words
+    grid, codes, _ = packed_weight(n, columns, bits, group_size, symmetric, -2)
+    x, bias = fenced(torch.randn(m, columns).to(dtype)), fenced(torch.randn(n)) if bias else None
+    scale, offset, global_scale = grid
+    operands = (fenced(pack_codes(codes, bits)), fenced(scale), None if symmetric else fenced(offset), global_scale)
+    actual = triton_bits.linear_bits(x, *operands, bias, group_size, None, activation_bits)
+    assert_is_product(actual, x, grid, codes, None, bits, group_size, bias, activation_bits)
+
+
+@settings(max_examples=12, deadline=None, print_blob=True)
+@given(**PACKED, rows=st.integers(0, 40), dtype=DTYPES, codebook=st.booleans())
+def check_dequantize(bits, columns, group_size, symmetric, exponent, seed, rows, dtype, codebook):
+    torch.manual_seed(seed)
+    grid, codes, levels = packed_weight(rows, columns, bits, group_size, symmetric, exponent, codebook)
+    actual = triton_dequantize.dequantize(*as_words(grid, codes, bits, group_size), bits, columns, group_size, levels, dtype)
+    exact = reference.dequantize(pack_codes(codes, bits), *grid, columns, group_size, torch.float32, levels)
+    assert actual.shape == exact.shape and actual.dtype == dtype
+    if dtype == torch.bfloat16:  # which the interpreter truncates
+        assert ((actual.float() - exact).abs() <= UNIT[dtype] * exact.abs()).all()
+    else:
+        assert torch.equal(actual, exact.to(dtype))
+
+
+def check_many_rows_are_multiplied_by_a_float_weight():
+    """By the operator of one matrix, with the weight in parts; one row fewer, and its words are read."""
+    grid, codes, _ = packed_weight(5, 32, 4, 16, False, 0)
+    words, bias = as_words(grid, codes, 4, 16), torch.randn(5)
+    x = torch.randn(2, FLOAT_ROWS // 2, 32).half()
+    seen = []
+    original = triton_dequantize.dequantize
+    triton_dequantize.dequantize = lambda *arguments: seen.append(len(arguments[0])) or original(*arguments)
+    triton_dequantize.WEIGHTS_AT_ONCE = 64
+    try:
+        actual = gpu._linear(x, *words, bias, 4, 16)
+        assert seen == [2, 2, 1]
+        gpu._linear(x.flatten(0, 1)[1:], *words, bias, 4, 16)
+        assert seen == [2, 2, 1]
+    finally:
+        triton_dequantize.dequantize, triton_dequantize.WEIGHTS_AT_ONCE = original, 1 << 26
+    exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias, 16)
+    weight = reference.dequantize(pack_codes(codes, 4), *grid, 32, 16).double()
+    bound = linear_bound(x, grid, codes.double(), 4, 16, exact, bias.double())
+    bound += 1.01 * UNIT[x.dtype] * (x.double().abs() @ weight.abs().t() + bias.double().abs())
+    assert ((actual.double() - exact).abs() <= bound).all()
 
 
 @settings(max_examples=5, deadline=None)
@@ -424,6 +556,22 @@ def test_embedding_compiles_without_spills(target):
     assert aot.compile_ahead(triton_embedding.embedding_kernel, arguments, target).spill_bytes == 0
 
 
+@compiled
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_what_comes_before_a_product_compiles_without_spills(target):
+    """Rounding activations, and unpacking a whole weight."""
+    layout = WordLayout.of(3, 4096, 128)
+    with torch.device("meta"):
+        x, rounded = torch.empty(5, 4096), triton_quantize.empty_activations(5, layout, 2, torch.device("meta"))
+        scale, words = torch.empty(32, 4096).half(), torch.empty(4096, layout.row_words, dtype=torch.int16)
+        packed, out = (words, scale, scale, torch.empty(1), None), torch.empty(4096, 4096).half()
+        unpacking = triton_dequantize.launch_arguments(layout, *packed, out, ptx=target.startswith("sm"))
+    rounding = triton_quantize.launch_arguments(x, layout, 2, 8, rounded)
+    kernels = {triton_quantize.quantize_kernel: rounding, triton_dequantize.dequantize_kernel: unpacking}
+    for kernel, arguments in kernels.items():
+        assert aot.compile_ahead(kernel, arguments, target).spill_bytes == 0
+
+
 if __name__ == "__main__":
     dot_of_bfloat16()
     if sys.argv[1] == "linear":
@@ -431,8 +579,13 @@ if __name__ == "__main__":
         check_split_sums_do_not_depend_on_the_order_of_programs()
     elif sys.argv[1] == "epilogue":
         check_epilogue()
+        check_grouped()
+        check_batched()
         check_a_graph_of_fused_products()
     else:
         check_embedding()
+        check_dequantize()
+        check_bits()
+        check_many_rows_are_multiplied_by_a_float_weight()
         check_embedding_outside_the_table()
         check_offsets_beyond_2_gib()

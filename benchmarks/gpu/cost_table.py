@@ -19,7 +19,8 @@ COUNTED = ("HMMA", "HGMMA", "FFMA")
 def table() -> dict[str, Any]:
     """By target, loop and bits: instructions for each weight, and registers of a thread."""
     found: dict[str, Any] = {}
-    for record in json.loads(MEASURED.read_text())["records"]:
+    records = json.loads(MEASURED.read_text())["records"]
+    for record in (each for each in records if each["x"] == "float16" and "ragged" not in each):
         row = {"registers": record["registers"]}
         if "kinds" in record:
             rest = sum(count for kind, count in record["kinds"].items() if kind not in COUNTED)

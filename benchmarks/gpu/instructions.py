@@ -7,14 +7,17 @@ compares with.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import triton
 
-from kbit_inductor.kernels.layout import group_count
-from kbit_inductor.kernels.triton import aot, linear
+from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
+from kbit_inductor.kernels.triton import aot, launch, linear, quantize
+from kbit_inductor.kernels.triton import bits as counting
 from kbit_inductor.kernels.triton.config import Config, Device, default_config
 from kbit_inductor.kernels.words import WordLayout
 
@@ -29,6 +32,8 @@ DEVICES = {
     "gfx942": Device(304, least_rows=16),  # MI300X
 }
 ROWS = (1, 256)
+ACTIVATIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": None}
+SOME = ("sm_90",)  # for which activations other than float16 are compiled too
 
 
 def compile_product(
@@ -41,46 +46,81 @@ def compile_product(
     group_size: int = GROUP_SIZE,
     symmetric: bool = False,
     codebook: bool = False,
+    rounded: bool = False,
     config: Config | None = None,
 ) -> tuple[aot.CompiledKernel, float]:
     """The kernel that a product of ``rows`` rows launches, and the weights of a thread in one pass of its main loop."""
     layout = WordLayout.of(bits, k, group_size)
-    config = config or default_config(rows, n, layout, dtype, DEVICES[target])
+    config = config or default_config(rows, n, layout, torch.int8 if rounded else dtype, DEVICES[target])
     with torch.device("meta"):
         words = torch.empty(n, layout.row_words, dtype=torch.int16)
         scale = torch.empty(group_count(k, group_size), n, dtype=torch.float16)
         levels = torch.empty(2**bits, dtype=torch.uint8) if codebook else None
-        x, out = torch.empty(rows, k, dtype=dtype), torch.empty(rows, n, dtype=dtype)
-        bias = None if symmetric else torch.empty(n, dtype=dtype)
-        grid = (scale, None if symmetric else scale, torch.empty(1))
-        arguments = linear.launch_arguments(
-            x, words, *grid, bias, bits, group_size, levels, "", None, None, out, config, ptx=not target.startswith("gfx")
-        )
+        out, bias = torch.empty(rows, n, dtype=dtype), None if symmetric else torch.empty(n, dtype=dtype)
+        packed = (words, scale, None if symmetric else scale, torch.empty(1), levels)
+        if rounded:
+            x = quantize.empty_activations(rows, layout, launch.span_pieces(layout, config), torch.device("meta"))
+        else:
+            x = launch.activations(torch.empty(rows, k, dtype=dtype), layout, config, launch.NOT_ROUNDED)
+        ptx = not target.startswith("gfx")
+        arguments = linear.launch_arguments(x, layout, *packed, bias, "", None, None, out, config, ptx)
     kernel = aot.compile_ahead(linear.linear_kernel, arguments, target)
     threads = config.num_warps * aot.TARGETS[target].warp_size
     return kernel, config.block_n * config.steps * layout.piece / threads
 
 
-def measure(target: str, bits: int, rows: int) -> dict[str, object]:
-    kernel, weights = compile_product(target, bits, rows)
-    record: dict[str, object] = {"target": target, "bits": bits, "rows": rows}
-    record |= {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes}
+def compile_counting(target: str, bits: int, activation_bits: int) -> tuple[aot.CompiledKernel, float]:
+    """The kernel that counts bits for one row, and the weights of a thread in one pass of its main loop."""
+    words = SIZE // WORD_COLUMNS
+    with torch.device("meta"):
+        vectors, step = torch.empty(activation_bits, 1, words, dtype=torch.int32), torch.empty(1, words)
+        planes, scale = torch.empty(bits, SIZE, words, dtype=torch.int32), torch.empty(SIZE, SIZE // GROUP_SIZE).half()
+        packed = (planes, scale, scale, torch.empty(1))
+        arguments = counting.launch_arguments(vectors, step, step.int(), *packed, None, GROUP_SIZE, torch.empty(1, SIZE).half())
+    kernel = aot.compile_ahead(counting.bits_kernel, arguments, target)
+    threads = 4 * aot.TARGETS[target].warp_size  # Triton's own choice of warps
+    return kernel, counting.BLOCK_N * counting.BLOCK_WORDS * WORD_COLUMNS / threads
+
+
+def describe(kernel: aot.CompiledKernel, weights: float) -> dict[str, object]:
+    record: dict[str, object] = {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes}
     if "cubin" in kernel.asm:
         loop = Counter(kernel.main_loop)
-        record |= {"weights": weights, "per_weight": round(loop.total() / weights, 3), "kinds": dict(loop.most_common())}
+        record |= {"weights": weights, "per_weight": round(loop.total() / weights, 3), "guarded": kernel.guarded_accesses}
+        record |= {"kinds": dict(loop.most_common())}
     return record
 
 
+def records(targets: Sequence[str]) -> Iterator[dict[str, object]]:
+    """Every product of float16, those of other activations for some targets, and of a shape that nothing divides for one."""
+    for target in targets:
+        for x, dtype in ACTIVATIONS.items():
+            if x == "float16" or target in SOME:
+                for rows in ROWS[:1] if x == "bfloat16" else ROWS:
+                    for bits in range(1, 9):
+                        kernel = compile_product(target, bits, rows, dtype or torch.float16, rounded=dtype is None)
+                        yield {"target": target, "x": x, "bits": bits, "rows": rows} | describe(*kernel)
+        if target == "sm_90":
+            for rows in ROWS:
+                kernel = compile_product(target, 4, rows, n=SIZE - 1, k=SIZE - 2)
+                yield {"target": target, "x": "float16", "bits": 4, "rows": rows, "ragged": True} | describe(*kernel)
+        if target in SOME:
+            for bits, activation_bits in ((1, 1), (1, 4), (2, 2)):
+                kernel = compile_counting(target, bits, activation_bits)
+                yield {"target": target, "x": f"{activation_bits} bits", "bits": bits, "rows": 1} | describe(*kernel)
+
+
 def main() -> None:
-    records = []
-    for target in DEVICES:
-        for rows in ROWS:
-            for bits in range(1, 9):
-                records.append(measure(target, bits, rows))
-                print(*(f"{name} {value}" for name, value in records[-1].items() if name != "kinds"), flush=True)
-    setting = {"triton": triton.__version__, "n": SIZE, "k": SIZE, "group_size": GROUP_SIZE, "dtype": "float16", "symmetric": False}
+    """Arguments are targets, to compile for those alone, which Triton then need not do again, and write nothing."""
+    found = []
+    for record in records(sys.argv[1:] or list(DEVICES)):
+        found.append(record)
+        print(*(f"{name} {value}" for name, value in record.items() if name != "kinds"), flush=True)
+    if sys.argv[1:]:
+        return
+    setting = {"triton": triton.__version__, "n": SIZE, "k": SIZE, "group_size": GROUP_SIZE, "symmetric": False}
     # One record a line, so that a change of one shows.
-    lines = ",\n".join("    " + json.dumps(record) for record in records)
+    lines = ",\n".join("    " + json.dumps(record) for record in found)
     RESULTS.write_text(f'{{\n  "setting": {json.dumps(setting)},\n  "records": [\n{lines}\n  ]\n}}\n')
 
 

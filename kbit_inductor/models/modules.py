@@ -124,7 +124,7 @@ class PackedMatrix(nn.Module):
 
     def _hold(self, packed: PackedWeight) -> None:
         """Take ``packed`` for one's own, laid out for the kernel that is chosen for this device and dtype."""
-        self.activation_bits = self.config.activation_bits_on_cpu()
+        self.activation_bits = self.config.activation_bits_on(self.device.type)
         sizes = (self.rows, self.columns, self.config.bits, self.group_size, self.config.levels() is None)
         self.problem = Problem(
             "linear", self.device.type, self.dtype, *sizes, self.activation_bits,

@@ -20,7 +20,8 @@ from kbit_inductor.passes.patterns import ADD, MULTIPLY, activation_of, alike, i
 
 LINEAR = torch.ops.kbit.linear_triton.default
 FUSED = torch.ops.kbit.fused_linear_triton.default
-PRODUCT = ("x", "words", "scale", "offset", "global_scale", "bias", "bits", "group_size")  # what a codebook may follow
+PRODUCT = ("x", "words", "scale", "offset", "global_scale", "bias", "bits", "group_size")
+REST = (None, 16)  # codebook and activation_bits, which a product may leave out
 PLAIN = ("", None, None)  # activation, factor, residual
 
 
@@ -40,6 +41,7 @@ class Call:
     activation: str
     factor: Any
     residual: Any
+    activation_bits: int = 16
 
     @classmethod
     def of(cls, node: Any) -> Call | None:
@@ -50,8 +52,8 @@ class Call:
             return None
         operands: Any = node.args
         if node.target is LINEAR:
-            *product, codebook = operands if len(operands) > len(PRODUCT) else (*operands, None)
-            operands = (*product, codebook, *PLAIN)
+            *product, codebook, activation_bits = (*operands, *REST[len(operands) - len(PRODUCT) :])
+            operands = (*product, codebook, *PLAIN, activation_bits)
         return cls(*operands)
 
     @property

@@ -66,16 +66,20 @@ def _choose(context: Context, use: Use) -> Choice:
             bits=layer.bits,
             group_size=layer.group_columns(use.columns),
             uniform=layer.levels() is None,
-            activation_bits=layer.activation_bits_on_cpu(),
+            activation_bits=_activation_bits(use),
             device_index=use.weight.value.device.index or 0,
             symmetric=layer.symmetric,
             cascade=layer.cascade and use.batch is None,
         ),
         kernels(),
     )
-    if choice.kernel.layout not in TILED_LAYOUTS and layer.activation_bits not in ("auto", 16):
+    if not choice.kernel.rounds and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
     return choice
+
+
+def _activation_bits(use: Use) -> int:
+    return _config(use).activation_bits_on(use.weight.value.device.type)
 
 
 def _rows_of_x(use: Use) -> int | torch.SymInt | None:
@@ -124,18 +128,21 @@ def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], bias, use.rows, layer.activation_bits_on_cpu()
+        return x, operands[0], bias, use.rows, _activation_bits(use)
     *packed, codebook = plane_operands(operands, layer)
+    rounding = (_activation_bits(use),) if choice.kernel.rounds else ()
     if choice.kernel.layout == "words":
-        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook
-    return x, *packed, bias, layer.group_columns(use.columns), codebook
+        return x, *packed, bias, layer.bits, layer.group_columns(use.columns), codebook, *rounding
+    return x, *packed, bias, layer.group_columns(use.columns), codebook, *rounding
 
 
 def _batch_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], where: Any) -> tuple[Any, ...]:
     layer = _config(use)
     if choice.kernel.layout in TILED_LAYOUTS:
-        return x, operands[0], where, use.rows, layer.activation_bits_on_cpu()
+        return x, operands[0], where, use.rows, _activation_bits(use)
     *packed, codebook = plane_operands(operands, layer)
+    if choice.kernel.layout == "words":
+        return x, *packed, where, layer.bits, layer.group_columns(use.columns), codebook, _activation_bits(use)
     return x, *packed, where, layer.group_columns(use.columns), codebook
 
 

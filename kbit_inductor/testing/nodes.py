@@ -65,9 +65,12 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     family = next((each for each in FAMILIES if name.startswith(each)), None)
     if family is None or "grad_input" in name:
         return None
-    planes = target._schema.arguments[1].name in ("planes", "words")  # what follows them is the same
+    told = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False))
+    planes = "weight" not in told
     where = args[5 if planes else 2]
-    bits = None if planes else args[-1]
+    bits = told.get("activation_bits", 16)
+    if planes:
+        bits = _rounding(bits)
     grid: Any = grids[id(args[1])]
     if family == "linear":
         return _over(result, *product(args[0], grid, where, bits))
@@ -76,6 +79,11 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     if family == "batched_linear":
         return _over(result, *_batched(grid, args[0], where, bits))
     return _over(result, *_grouped(grid, args[0], where, bits))
+
+
+def _rounding(activation_bits: int) -> int | None:
+    """What activations are rounded to by an operator that is not the CPU's, of which 16 bits are a rounding too."""
+    return activation_bits if activation_bits < 16 else None
 
 
 def _over(actual: Tensor, exact: Tensor, bound: Tensor) -> float:
@@ -126,9 +134,10 @@ def _fused(
 def _fused_words(
     grids: Any, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
     bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gate = None if factor is None else (factor.double(), torch.zeros_like(factor, dtype=torch.float64))
-    return _epilogue(*product(x, grids[id(words)], bias, None), activation, gate, residual, x.dtype)
+    return _epilogue(*product(x, grids[id(words)], bias, _rounding(activation_bits)), activation, gate, residual, x.dtype)
 
 
 def _epilogue(

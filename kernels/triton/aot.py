@@ -65,8 +65,8 @@ class CompiledKernel:
         return str(self.asm["sass"])
 
     @cached_property
-    def main_loop(self) -> list[str]:
-        """The opcodes, ``LOP3`` for one, of the longest loop of the SASS that has a tensor core's product in it."""
+    def _instructions(self) -> tuple[list[str], dict[str, int]]:
+        """Those of the SASS, and where each label of it points."""
         instructions: list[str] = []
         labels: dict[str, int] = {}
         for line in self.sass.splitlines():
@@ -75,6 +75,20 @@ class CompiledKernel:
                 labels[text[:-1]] = len(instructions)
             elif text.endswith(";"):
                 instructions.append(text)
+        return instructions, labels
+
+    @property
+    def guarded_accesses(self) -> int:
+        """Loads from and stores to global memory that a predicate guards.
+
+        Those of a pipeline (``LDGSTS``) do not count: each has the end of the loop for a predicate, and so has every thread.
+        """
+        return sum(bool(re.match(r"@!?U?P\w+\s+(LDG|STG)\b", text)) for text in self._instructions[0])
+
+    @cached_property
+    def main_loop(self) -> list[str]:
+        """The opcodes, ``LOP3`` for one, of the longest loop of the SASS, or of those with tensor cores' products."""
+        instructions, labels = self._instructions
         loops = []
         for i, text in enumerate(instructions):
             branch = re.search(r"\bBRA\b.*?(\w+);$", text)
@@ -85,7 +99,7 @@ class CompiledKernel:
             if start < i:
                 loops.append([_opcode(each) for each in instructions[start : i + 1]])
         products = [loop for loop in loops if any("MMA" in opcode for opcode in loop)]
-        return max(products, key=len, default=[])
+        return max(products or loops, key=len, default=[])
 
     @cached_property
     def _resource_usage(self) -> str:

@@ -11,6 +11,9 @@ from kbit_inductor.kernels.words import WordLayout
 
 DECODE_ROWS = 16
 """Rows of x up to which a program reads every word once and takes the sums of x from the tensor cores."""
+FLOAT_ROWS = 2048
+"""Rows of a 16-bit x from which the weight is unpacked once, for PyTorch's product. To write 8192 x 8192 floats, 128 MiB, takes an
+H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, which unpacking keeps it from."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
 
@@ -23,7 +26,7 @@ class Config:
         block_m: rows of x.
         block_n: rows of the weight.
         steps: pieces of a step: as many as a block has, so that every word is loaded once, or 2.
-        sums: whether the sums of x are computed beforehand. Else the tensor cores compute them with the product.
+        sums: whether the sums of x are computed beforehand, as those of a rounded x are. Else tensor cores compute them too.
         split_k: programs that share a tile, each a part of the columns.
         num_warps: of a program.
         num_stages: loads of how many steps are under way.
@@ -54,7 +57,10 @@ class Device:
 
 
 def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
-    """The config for ``m`` rows of x and ``n`` of the weight. By the kernel's instructions and resources, not by measurement."""
+    """The config for ``m`` rows of x of ``dtype``, int8 if they are rounded, and ``n`` of the weight.
+
+    By the kernel's instructions and resources, not by measurement.
+    """
     if dtype == torch.float32:  # three products for each: unrolled, they would not fit in the registers
         return Config(16, 32, 2, num_warps=2) if m <= DECODE_ROWS else Config(32, 64, 2, sums=True)
     if m <= DECODE_ROWS:

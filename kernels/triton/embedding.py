@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kbit_inductor.kernels.layout import level_bits, midpoint
+from kbit_inductor.kernels.triton.launch import DTYPES
 from kbit_inductor.kernels.triton.unpack import find_piece, low_of
 from kbit_inductor.kernels.words import WordLayout
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_ROWS = 4
 BLOCK_COLUMNS = 256
 

@@ -50,17 +50,19 @@ def store_result(
     EVEN_M: tl.constexpr,
 ):
     """``residual + activation(sums + bias) * factor`` at ``out[m, n]``, for ``sums`` ``[n, m]`` in float32."""
-    mask = (n >= 0)[:, None] & (m >= 0)[None, :]
-    if not EVEN_N:
-        mask &= (n < N)[:, None]
-    if not EVEN_M:
-        mask &= (m < M)[None, :]
+    # What is loaded outside is never stored, so it may be anything.
+    if EVEN_N and EVEN_M:
+        mask = None
+    elif EVEN_N:
+        mask = (n >= 0)[:, None] & (m < M)[None, :]
+    else:
+        mask = (n < N)[:, None] & (m < M)[None, :]
     where = m.to(tl.int64)[None, :] * N + n[:, None]
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        sums += tl.load(bias_ptr + n, mask=None if EVEN_N else n < N).to(tl.float32)[:, None]
     sums = activate(sums, ACTIVATION)
     if factor_ptr is not None:
-        sums *= tl.load(factor_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        sums *= tl.load(factor_ptr + where, mask=mask).to(tl.float32)
     if residual_ptr is not None:
-        sums += tl.load(residual_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        sums += tl.load(residual_ptr + where, mask=mask).to(tl.float32)
     tl.store(out_ptr + where, sums.to(out_ptr.dtype.element_ty), mask=mask)

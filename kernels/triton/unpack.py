@@ -1,9 +1,9 @@
 """Codes out of words, as 16-bit floats that tensor cores take (layout: :mod:`kbit_inductor.kernels.words`).
 
-No code is converted; it is put where a float has its mantissa. A float16 of exponent 0 is a subnormal, ``code * 2 ** -24``. The
-products of such a bfloat16 would be lost below float32's range; with the exponent of ``2 ** k`` and the code at
-the head of its mantissa it is ``2 ** k + code``, for codes of 7 bits; longer ones are two digits of 4. What has to be undone is a
-factor of a sum, and a term that is a multiple of the sum of x.
+No code is converted; it is put where a float has its mantissa. A float16 of exponent 0 is a subnormal, ``code * 2 ** -24``, times
+a power of two by where in the mantissa the code begins. Products of such a bfloat16 would be lost below float32's range; with the
+exponent of ``2 ** (7 - b)`` and the code from bit ``b`` of the mantissa on, it is ``2 ** (7 - b) + code``, for codes of 7 bits;
+longer ones are two digits of 4. What has to be undone is a factor of a sum, and a term that is a multiple of the sum of x.
 """
 
 from __future__ import annotations
@@ -42,14 +42,22 @@ def first_tile(width, bits, block_pieces):
 def mantissa_bit(piece, bits, half, direct, unrolled):
     """The bit of a ``half`` float's mantissa at which the code of piece ``piece`` of a block begins.
 
-    One that is not ``direct``, of which something is to be made first, begins at 0. If the pieces of a block are ``unrolled``, a
-    subnormal has it where half of the pieces are in their words, as far as the 10 bits have room.
+    One that is not ``direct``, of which something is to be made first, begins at 0. If the pieces of a block are ``unrolled``, it
+    begins where half of the pieces are in their words, as far as the 10 or 7 bits have room.
     """
     if not direct:
         return 0
-    if half == tl.float16:
-        return min(shift_of(piece, bits, widest_plane(bits)) % 8, 10 - bits) if unrolled else 0
-    return 7 - bits
+    room = (10 if half == tl.float16 else 7) - bits
+    if unrolled:
+        shift = shift_of(piece, bits, widest_plane(bits)) % 8
+        return shift if shift <= room else room // 2 * 2  # an even one: the fewer there are, the fewer registers hold exponents
+    return 0 if half == tl.float16 else room
+
+
+@triton.constexpr_function
+def digit_exponent(half, bit):
+    """The bits of a ``half`` float in whose mantissa a digit begins at ``bit``: none, or the exponent of ``2 ** (7 - bit)``."""
+    return 0 if half == tl.float16 else (127 + 7 - bit) * 128
 
 
 @triton.jit
@@ -122,3 +130,16 @@ def or_plane(
         tile, shift = find_piece(step * STEPS + INDEX, BITS, WIDTH, BLOCK_PIECES, BLOCK_TILES)
         words = load_tile(row_ptr, tile, PIECE)
         return or_moving_field(code, words, shift, LOW + low_of(WIDTH, BITS), WIDTH, PTX), words
+
+
+@triton.jit
+def or_planes(
+    code, words_8, words_4, words_2, words_1, row_ptr, step, INDEX: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr, BLOCK_TILES: tl.constexpr, PIECE: tl.constexpr, LOW: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """:func:`or_plane` for every plane: ``code`` with all bits of the piece, and the tiles they are in."""
+    code, words_8 = or_plane(code, words_8, row_ptr, step, INDEX, STEPS, BITS, 8, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    code, words_4 = or_plane(code, words_4, row_ptr, step, INDEX, STEPS, BITS, 4, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    code, words_2 = or_plane(code, words_2, row_ptr, step, INDEX, STEPS, BITS, 2, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    code, words_1 = or_plane(code, words_1, row_ptr, step, INDEX, STEPS, BITS, 1, BLOCK_PIECES, BLOCK_TILES, PIECE, LOW, PTX)
+    return code, words_8, words_4, words_2, words_1

@@ -1,0 +1,107 @@
+"""What the launches of all kernels of products have in common."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kbit_inductor.kernels.layout import MAX_BITS, level_bits, midpoint
+from kbit_inductor.kernels.triton.config import Config, Device
+from kbit_inductor.kernels.triton.quantize import Activations, quantize
+from kbit_inductor.kernels.words import WordLayout, pad_groups
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NOT_ROUNDED = 16  # activation_bits of activations as they are
+
+
+def check_activations(x: Tensor, bits: int, kernel: str) -> None:
+    """Raise TypeError or ValueError where no kernel takes the dtype of ``x``, or rounds to so many bits."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"the Triton {kernel} kernel takes float16, bfloat16 or float32, not {x.dtype}")
+    if not 1 <= bits <= MAX_BITS and bits != NOT_ROUNDED:
+        raise ValueError(f"the Triton {kernel} kernel rounds activations to 1 to 8 bits, or, by 16, not at all, but not to {bits}")
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """``x`` ``[..., K]`` as ``[M, K]`` with columns side by side, copied where its strides are others."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def device_of(x: Tensor) -> Device:
+    """What decides how products with ``x`` are cut."""
+    if not x.is_cuda:
+        return Device()
+    properties = torch.cuda.get_device_properties(x.device)
+    amd = torch.version.hip is not None
+    return Device(properties.multi_processor_count, wgmma=not amd and properties.major == 9, least_rows=16 if amd else 8)
+
+
+def takes_ptx(x: Tensor) -> bool:
+    """Whether kernels for ``x`` may hold PTX."""
+    return x.is_cuda and torch.version.hip is None
+
+
+def span_sums(x: Tensor, layout: WordLayout, span: int) -> Tensor:
+    """Sums of ``x`` ``[M, K]`` over each ``span`` pieces, float32 ``[spans, M]``."""
+    padded = pad_groups(x, layout)
+    return padded.view(x.size(0), -1, span * layout.piece).sum(-1, dtype=torch.float32).t().contiguous()
+
+
+def span_pieces(layout: WordLayout, config: Config) -> int:
+    """Pieces, 1 or 2, whose products are added up before their scale is applied."""
+    return math.gcd(layout.group_pieces, config.steps, 2)
+
+
+def activations(x: Tensor, layout: WordLayout, config: Config, bits: int) -> Activations:
+    """``x`` ``[..., K]`` as a product cut by ``config`` reads it: rounded to ``bits``, or as it is if they are 16."""
+    flat, span = flat_rows(x), span_pieces(layout, config)
+    if bits < NOT_ROUNDED:
+        return quantize(flat, layout, span, bits)
+    return Activations(flat, sums=span_sums(flat, layout, span) if config.sums else None)
+
+
+def tile_arguments(
+    x: Activations, layout: WordLayout, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor,
+    codebook: Tensor | None, config: Config, ptx: bool,
+) -> dict[str, object]:  # fmt: skip
+    """Arguments by name of every kernel that calls :func:`~kbit_inductor.kernels.triton.tile.tile_sums`, and how it is compiled.
+
+    The operands are those of a matrix, or of a batch of them.
+    """
+    n, padded = words.size(-2), x.step is not None
+    return {
+        "x_ptr": x.values,
+        "words_ptr": words,
+        "scale_ptr": scale,
+        "offset_ptr": offset,
+        "global_scale_ptr": global_scale,
+        "codebook_ptr": codebook,
+        "step_ptr": x.step,
+        "sums_ptr": x.sums,
+        "M": x.values.size(0),
+        "N": n,
+        "K": x.values.size(1),
+        "x_row_stride": x.values.stride(0),
+        "row_words": layout.row_words,
+        "groups": scale.size(-2),
+        "steps": layout.pieces // config.steps,
+        "BITS": layout.bits,
+        "MIDPOINT": midpoint(level_bits(layout.bits, codebook is not None)),
+        "GROUP_SIZE": layout.group_pieces * layout.piece if padded else layout.group_size,
+        "PIECE": layout.piece,
+        "GROUP_PIECES": layout.group_pieces,
+        "BLOCK_PIECES": layout.block_pieces,
+        "BLOCK_TILES": layout.block_tiles,
+        "STEPS": config.steps,
+        "SPAN": span_pieces(layout, config),
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "EVEN_N": n % config.block_n == 0,
+        "EVEN_K": layout.padded_columns == x.values.size(1),
+        "PTX": ptx,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
