@@ -18,7 +18,7 @@ from simulated_gpu import LUCK, simulate
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor.kernels.triton.config import default_config
+from kbit_inductor.kernels.triton.config import Config, default_config
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost import products, triton_linear
 from kbit_inductor.lowering.cost.crossover import crossovers
@@ -174,6 +174,17 @@ def test_work_is_what_its_expressions_say() -> None:
 
 def test_instructions_are_those_that_were_counted() -> None:
     assert json.loads(triton_linear.TABLE.read_text()) == cost_table.table()
+
+
+COMPILED = json.loads((Path(cost_table.MEASURED).parent / "gpu_short_list.json").read_text())
+
+
+def test_short_lists_compile_without_spills_in_the_registers_assumed() -> None:
+    assert {(record["bits"], record["m"]) for record in COMPILED["records"]} == {(b, m) for b in (3, 4) for m in (1, 64, 256)}
+    for record in COMPILED["records"]:
+        assumed = triton_linear.resources(problem(record["bits"]), Config(**record["config"]), H200).registers
+        # Half more would be half the programs on a multiprocessor.
+        assert record["spill_bytes"] == 0 and 2 / 3 < assumed / record["registers"] < 3 / 2, record
 
 
 @pytest.mark.parametrize(

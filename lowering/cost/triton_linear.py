@@ -30,6 +30,7 @@ STAND_IN = "sm_80"
 REPRESENTATIVE_ROWS = (1, 16, 32, 64, 256)
 """Rows of x whose default configurations are all that :func:`~kbit_inductor.kernels.triton.config.default_config` gives."""
 MOST_REGISTERS, LEAST_REGISTERS = 255, 32
+SHARING_REGISTERS = 16  # to add up the shares of several programs, as some of the compiled kernels have them
 TILES = 3
 """Float tiles of the result that a program holds: the sum, that of a group, and the sums of x."""
 MMA_WEIGHTS = 8  # for each thread, that an instruction multiplies with 8 rows of x: mma.sync takes 16 x 16
@@ -106,7 +107,9 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
     counted = _counted(problem.bits, unrolled, device)["registers"]
     longer = config.block_n / config.num_warps / (known.block_n / known.num_warps)  # codes that a thread holds
     more = (config.block_m * config.block_n / config.num_warps - known.block_m * known.block_n / known.num_warps) / device.warp
-    registers = min(max(LEAST_REGISTERS, counted * max(longer, 0.5) + TILES * more), 2 * MOST_REGISTERS)
+    registers = max(LEAST_REGISTERS, counted * max(longer, 1) + TILES * max(more, more / 2))  # the compiler gives half of it back
+    if config.split_k > max(1, known.split_k):
+        registers += SHARING_REGISTERS
     step = config.steps * layout.piece
     shared = config.num_stages * step * (config.block_n * problem.bits / 8 + config.block_m * problem.dtype.itemsize)
     return Resources(math.ceil(registers), math.ceil(shared))
