@@ -182,9 +182,13 @@ COMPILED = json.loads((Path(cost_table.MEASURED).parent / "gpu_short_list.json")
 def test_short_lists_compile_without_spills_in_the_registers_assumed() -> None:
     assert {(record["bits"], record["m"]) for record in COMPILED["records"]} == {(b, m) for b in (3, 4) for m in (1, 64, 256)}
     for record in COMPILED["records"]:
-        assumed = triton_linear.resources(problem(record["bits"]), Config(**record["config"]), H200).registers
-        # Half more would be half the programs on a multiprocessor.
+        asked, config = problem(record["bits"]), Config(**record["config"])
+        assumed = triton_linear.resources(asked, config, H200).registers
+        issued = float(triton_linear.linear(asked, config, H200).quantities(record["m"]).instructions)
+        per_weight = issued / (asked.rows * asked.columns * -(-record["m"] // config.block_m))
+        # Half more would be half the programs on a multiprocessor, or half the speed of a kernel that instructions bound.
         assert record["spill_bytes"] == 0 and 2 / 3 < assumed / record["registers"] < 3 / 2, record
+        assert 2 / 3 < per_weight / record["per_weight"] < 3 / 2, (record, per_weight)
 
 
 @pytest.mark.parametrize(
