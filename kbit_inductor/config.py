@@ -191,7 +191,7 @@ class Config(LayerConfig):
         ours = {name: {**overrides.get(name, {}), **own} for name, own in self.overrides.items()}
         merged = {**{name: bits for name, bits in overrides.items() if name not in ours}, **ours}
         bits = PLACEHOLDER_BITS if self.bits == "auto" else self.bits
-        return dataclasses.replace(self, bits=bits, overrides=merged, **dict.fromkeys(BUDGETS))
+        return dataclasses.replace(self, bits=bits, average_bits=None, memory_budget=None, latency_budget=None, overrides=merged)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Config | None, mode: str | None = None) -> Config:

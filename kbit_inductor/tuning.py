@@ -18,7 +18,7 @@ from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import choose
 from kbit_inductor.lowering.tuner import lookup
 from kbit_inductor.lowering.tuner.key import bucket, shape_key
-from kbit_inductor.lowering.tuner.store import Store
+from kbit_inductor.lowering.tuner.store import Store, user_store
 from kbit_inductor.lowering.tuner.table import Table, TableError
 from kbit_inductor.lowering.tuner.tune import LIMIT
 
@@ -100,7 +100,7 @@ def tune(
     Raises:
         InvalidOptionError: there is no such GPU, or it is one that the kernels do not run on.
     """
-    place, store = gpu_of(device), store or Store()
+    place, store = gpu_of(device), store or user_store()
     if limit <= 0 or any(m < 1 for m in rows):
         raise InvalidOptionError(f"tuning takes a limit above 0 and rows from 1; they are {limit!r} and {list(rows)!r}")
     for problem in problems:
@@ -121,7 +121,7 @@ def tune(
 def export_times(target: Path, store: Store | None = None) -> int:
     """Write all times that were measured on this machine to a folder, a file for each device; returns how many files."""
     target.mkdir(parents=True, exist_ok=True)
-    tables = list((store or Store()).tables())
+    tables = list((store or user_store()).tables())
     for table in tables:
         table.write(target / table.place.file_name)
     return len(tables)
@@ -142,7 +142,7 @@ def import_times(source: Path, store: Store | None = None) -> int:
         raise NotATuningTableError(f"{source} cannot be imported: {error}; give what `kbit tune --export` wrote") from error
     if not tables:
         raise NotATuningTableError(f"{source} holds no table of times; give what `kbit tune --export` wrote")
-    kept = store or Store()
+    kept = store or user_store()
     for table in tables:
         kept.add(table)
     lookup.forget()

@@ -28,7 +28,7 @@ from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import KERNELS, Choice
 from kbit_inductor.lowering.tuner import gpu_timer, key, lookup
 from kbit_inductor.lowering.tuner.key import Place, bucket, shape_key
-from kbit_inductor.lowering.tuner.store import SHIPPED, Store
+from kbit_inductor.lowering.tuner.store import SHIPPED, Store, user_store
 from kbit_inductor.lowering.tuner.table import Table, TableError
 from kbit_inductor.lowering.tuner.tune import DoesNotFit, tune
 from kbit_inductor.packing import pack
@@ -305,7 +305,7 @@ def test_an_interrupted_command_keeps_what_it_has(
     monkeypatch.setattr(gpu_timer, "gpu_timer", timer_of)
     code, found = command("model", "--device", "cuda:0")
     assert code == 130 and [(done["tried"], done["interrupted"]) for done in found["shapes"]] == [(2, True)]
-    (table,) = Store().tables()
+    (table,) = user_store().tables()
     assert [list(times.values()) for times in table.shapes.values()] == [[1.0, 2.0]]
 
 

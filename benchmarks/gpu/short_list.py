@@ -1,4 +1,4 @@
-"""Whether the cost model's short lists compile without spills, in the registers that it assumes.
+"""What the cost model's short lists compile to: registers, spills and instructions for each weight of the main loop.
 
 ``python benchmarks/gpu/short_list.py`` writes benchmarks/results/gpu_short_list.json, which tests/test_cost_model.py reads. It
 needs a few minutes and no GPU.
@@ -14,7 +14,6 @@ import torch
 import triton
 from instructions import GROUP_SIZE, SIZE, compile_product
 
-from kbit_inductor.lowering.cost import triton_linear
 from kbit_inductor.lowering.cost.device import find
 from kbit_inductor.lowering.cost.short_list import short_list
 from kbit_inductor.lowering.problem import Problem
@@ -33,9 +32,9 @@ def main() -> None:
         problem = Problem("linear", "cuda", torch.float16, SIZE, SIZE, bits, GROUP_SIZE)
         for m in ROWS:
             for each in short_list(problem, m, device):
-                kernel, _ = compile_product(device.target, bits, m, config=each.config)
-                assumed = triton_linear.resources(problem, each.config, device).registers
-                found = {"registers": kernel.registers, "assumed_registers": assumed, "spill_bytes": kernel.spill_bytes}
+                kernel, weights = compile_product(device.target, bits, m, config=each.config)
+                found = {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes}
+                found["per_weight"] = round(len(kernel.main_loop) / weights, 3)
                 records.append({"bits": bits, "m": m, **found, "config": dataclasses.asdict(each.config)})
                 print(records[-1], flush=True)
     setting = {"device": DEVICE, "triton": triton.__version__, "n": SIZE, "k": SIZE, "group_size": GROUP_SIZE, "dtype": "float16"}

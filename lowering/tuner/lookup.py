@@ -15,7 +15,7 @@ import torch
 from kbit_inductor.kernels.triton.config import Config
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.tuner.key import bucket, place_of, shape_key
-from kbit_inductor.lowering.tuner.store import Store
+from kbit_inductor.lowering.tuner.store import Store, user_store
 from kbit_inductor.lowering.tuner.table import Table
 from kbit_inductor.lowering.tuner.tune import LIMIT, Tuned, tune
 
@@ -30,7 +30,7 @@ def config_for(problem: Problem, m: int, device: torch.device) -> Config | None:
 
 @functools.cache
 def _config_for(problem: Problem, m: int, device: torch.device, measure: bool) -> Config | None:
-    store, place, shape = Store(), place_of(device), shape_key(problem, m)
+    store, place, shape = user_store(), place_of(device), shape_key(problem, m)
     best = store.table(place).best(shape)
     if best is None and measure:
         tune_shape(problem, m, device, store)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from kbit_inductor.kernels.cpu.build import cache_dir
 from kbit_inductor.lowering.tuner.key import Place
@@ -20,16 +21,21 @@ PATIENCE = 10.0  # seconds that another process may take to write
 log = logging.getLogger("kbit_inductor.kernels")
 
 
+def user_store() -> Store:
+    """The store of this process in the folder that the environment names: what cannot be written there is kept by it."""
+    return _store_in(cache_dir() / "tuning")
+
+
 class Store:
     """Tables by place: the user's folder, then the package's.
 
     Args:
-        folder: the user's; by default that of ``KBIT_CACHE_DIR``.
+        folder: the user's.
         shipped: of the package.
     """
 
-    def __init__(self, folder: Path | None = None, shipped: Path = SHIPPED) -> None:
-        self.folder = folder or cache_dir() / "tuning"
+    def __init__(self, folder: Path, shipped: Path = SHIPPED) -> None:
+        self.folder = folder
         self.shipped = shipped
         self._unwritten: dict[Place, Table] = {}
         self._lock = threading.Lock()
@@ -54,7 +60,7 @@ class Store:
                 whole = self._read_or_set_aside(path) or Table(table.place)
                 whole.merge(table)
                 whole.write(path)
-        except (OSError, Timeout) as error:
+        except OSError as error:  # a lock that another process holds for too long among them
             with self._lock:
                 first = not self._unwritten
                 self._unwritten.setdefault(table.place, Table(table.place)).merge(table)
@@ -81,7 +87,7 @@ class Store:
         try:
             with self._writing(path):
                 return self._read_or_set_aside(path)
-        except (OSError, Timeout):
+        except OSError:
             return None
 
     def _read_or_set_aside(self, path: Path) -> Table | None:
@@ -94,5 +100,12 @@ class Store:
             path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
             return None
 
-    def _writing(self, path: Path) -> FileLock:
+    def _writing(self, path: Path) -> contextlib.AbstractContextManager[Any]:
+        from filelock import FileLock  # who only reads need not wait for the import
+
         return FileLock(f"{path}.lock", timeout=PATIENCE)
+
+
+@functools.cache
+def _store_in(folder: Path) -> Store:
+    return Store(folder)
