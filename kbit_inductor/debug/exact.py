@@ -130,6 +130,7 @@ def _fused(
 def _fused_words(
     dense: Dense, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
     bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = 16,
 ) -> Tensor:  # fmt: skip
     y = ACTIVATIONS[activation](_linear(x, dense[id(words)], bias))
     y = y if factor is None else y * factor.double()

@@ -126,9 +126,11 @@ def _fused(
 def _fused_words(
     grids: Any, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
     bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
+    activation_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gate = None if factor is None else (factor.double(), torch.zeros_like(factor, dtype=torch.float64))
-    return _epilogue(*product(x, grids[id(words)], bias, None), activation, gate, residual, x.dtype)
+    rounded_to = None if activation_bits == 16 else activation_bits  # 16 is the block floating point of the CPU alone
+    return _epilogue(*product(x, grids[id(words)], bias, rounded_to), activation, gate, residual, x.dtype)
 
 
 def _epilogue(

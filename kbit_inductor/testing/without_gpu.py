@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kbit_inductor._compat import FakeTensorMode, scoped_library
 from kbit_inductor.debug.exact import ACTIVATIONS
+from kbit_inductor.kernels import reference
 from kbit_inductor.lowering.gpu import dequantize_words
 
 
@@ -20,7 +21,7 @@ from kbit_inductor.lowering.gpu import dequantize_words
 def operators_on_cpu() -> Iterator[None]:
     """Let the operators of a GPU take tensors of a CPU, as plain PyTorch that sums in float32."""
     with scoped_library("kbit", "IMPL") as library:
-        for name, function in (("linear", _fused), ("fused_linear", _fused), ("embedding", _embedding)):
+        for name, function in (("linear", _linear), ("fused_linear", _fused), ("embedding", _embedding)):
             library.impl(f"{name}_triton", function, "CPU")
         yield
 
@@ -43,11 +44,21 @@ def fake_gpu_model(model: nn.Module, mode: FakeTensorMode, device: str = "cuda:0
     return moved
 
 
+def _linear(
+    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
+    group_size: int, codebook: Tensor | None = None, activation_bits: int = 16,
+) -> Tensor:  # fmt: skip
+    packed = (words, scale, offset, global_scale)
+    return _fused(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
+
+
 def _fused(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
     group_size: int, codebook: Tensor | None = None, activation: str = "", factor: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, activation_bits: int = 16,
 ) -> Tensor:  # fmt: skip
+    if activation_bits < 16:
+        x = reference.round_activations(x.reshape(-1, x.shape[-1]), group_size, activation_bits).view(x.shape).to(x.dtype)
     weight = dequantize_words(words, scale, offset, global_scale, bits, x.shape[-1], group_size, codebook)
     y = functional.linear(x.float(), weight, None if bias is None else bias.float())
     y = ACTIVATIONS[activation](y)
