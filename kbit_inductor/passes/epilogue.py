@@ -37,7 +37,7 @@ class Call:
             return None
         if not all(is_constant(each) for each in (node, *node.all_input_nodes)):
             return None
-        schema: Any = node.target._schema.arguments  # type: ignore[union-attr]
+        schema: Any = node.target._schema.arguments
         defaults = {argument.name: argument.default_value for argument in schema}
         given = zip(defaults, node.args, strict=False)
         return cls({**PLAIN, **defaults, **dict(given)})
