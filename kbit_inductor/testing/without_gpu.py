@@ -55,8 +55,8 @@ def _linear(
 
 def _fused(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
-    activation_bits: int = 16,
+    group_size: int, codebook: Tensor | None = None, activation: str = "", factor: Tensor | None = None,
+    residual: Tensor | None = None, activation_bits: int = 16,
 ) -> Tensor:  # fmt: skip
     if activation_bits < 16:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
