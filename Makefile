@@ -84,11 +84,11 @@ sanitize: compiler $(VENV)/.installed  ## the CPU kernels' tests under the addre
 	CXX="$(CXX) $(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 KBIT_TEST_EXAMPLES=60 \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py
 
-# hypothesis counts how each file ended: read, or by which error.
+# It is told how the files ended: read, or by which error.
 N := 10000
 fuzz-files: compiler $(VENV)/.installed  ## N=10000 damaged files of each format that is read: none may crash
 	@echo "== $(N) damaged files of each format"
-	@KBIT_TEST_EXAMPLES=$(N) $(BIN)/python -m pytest --hypothesis-show-statistics tests/test_import_damage.py
+	@KBIT_TEST_EXAMPLES=$(N) $(BIN)/python -m pytest -q tests/test_import_damage.py
 
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "== installing mkdocs"

@@ -200,10 +200,9 @@ class PackedMatrix(nn.Module):
             found = f"{tuple(given[name].shape)} of {given[name].dtype}"
             error_msgs.append(f"{prefix + name} is {found}; this layer, of {self.config}, has {shape} of {dtype}")
         if given.keys() == specs.keys() and not wrong:
-            operands = tuple(given[name].detach().to(self.device, copy=True) for name in specs)
-            if self.order is not None:
-                *operands, self.order = operands
-            self._hold(PackedWeight(operands, self.config, self.columns, self.error))
+            copies = {name: given[name].detach().to(self.device, copy=True) for name in specs}
+            self.order = copies.pop("order", None)
+            self._hold(PackedWeight(tuple(copies.values()), self.config, self.columns, self.error))
 
 
 def _converted(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

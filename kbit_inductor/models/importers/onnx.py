@@ -86,9 +86,13 @@ def _opened(path: Path) -> Any:
     if not path.is_file():
         raise NotAModelFileError(f"{path} is no file; give a file of ONNX")
     try:
-        return onnx.load(str(path))
+        model = onnx.load(str(path))
     except (DecodeError, onnx.checker.ValidationError, *PARSING_ERRORS) as error:
         raise NotAModelFileError(f"{path} is no file of ONNX, or is damaged ({error}); copy it anew") from error
+    named = (text for item in (*model.graph.initializer, *model.graph.node) for text in (item.name, *getattr(item, "input", ())))
+    if not all(isinstance(text, str) for text in named):  # protobuf gives what is no text as bytes
+        raise NotAModelFileError(f"{path} is damaged: a name in it is no text; copy it anew")
+    return model
 
 
 def _layer(node: Any, model: nn.Module) -> str:
