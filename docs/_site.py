@@ -9,15 +9,16 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OUTSIDE = re.compile(r"\]\((?:\.\./)+(?P<path>(?:benchmarks/results|examples)/[^)#\s]+)")
+FOLDERS = "(?:benchmarks/results|examples|kbit_inductor|kernels|lowering|tests)"
+OUTSIDE = re.compile(rf"\]\((?:\.\./)*(?P<path>{FOLDERS}/[^)#\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the home page and the linked files, under the paths that they have in the repository."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "index.md", content=re.sub(r"\]\((?:docs/|(?=benchmarks/))", _in_docs, readme)))
+    files.append(File.generated(config, "index.md", content=readme.replace("](docs/", "](")))
     pages = [readme, *(file.content_string for file in list(files) if file.is_documentation_page())]
-    linked = {path for page in pages for path in re.findall(r"\]\([./]*((?:benchmarks/results|examples)/[^)#\s]+)", page)}
+    linked = {found["path"] for page in pages for found in OUTSIDE.finditer(page)}
     for path in sorted(linked):
         files.append(File.generated(config, f"files/{path}.txt", abs_src_path=str(REPOSITORY / path)))
     return files
@@ -33,7 +34,3 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Roles of Sphinx in docstrings (``:func:``) are plain code here."""
     return re.sub(r":(?:attr|class|data|func|meth|mod):(?=<code>)", "", html)
-
-
-def _in_docs(found: re.Match[str]) -> str:
-    return "](" if found[0] == "](docs/" else "](../"
