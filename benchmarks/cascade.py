@@ -108,7 +108,7 @@ def speculative(folder: Path, text: Path, new: int, drafts: Sequence[int]) -> di
             same = int((found == expected).long().cumprod(-1).sum()) - ids.shape[1]
             row = {"draft_tokens": tokens, "draft_bits": bits, "tokens_per_second": speed, "same": same}
             rows.append({**row, "accepted_length": drafting.accepted_length, "speedup": speed / plain})
-    return {"model": folder.name, "new_tokens": new, "tokens_per_second": plain, "rows": rows}
+    return {"model": folder.name, "threads": torch.get_num_threads(), "new_tokens": new, "tokens_per_second": plain, "rows": rows}
 
 
 def _text(generator: kbit.Generator, ids: Tensor) -> tuple[Tensor, float]:
@@ -127,19 +127,24 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
     rule = " ---: |" * len(BITS)
     yield f"Squared error over that of `clip` at the same bits, of all matrices of a model in groups of {GROUP} (of the worst):\n"
     yield f"| | {bits} |\n| --- |{rule}"
-    for row in results["errors"]:
+    for row in results.get("errors", ()):
         both = zip(row["all"], row["worst"], strict=True)
-        yield f"| {row['model']} | " + " | ".join(f"{total:.3f} ({worst:.3f})" for total, worst in both) + " |"
-    for row in results["times"]:
+        yield (
+            f"| {row['model']} | "
+            + " | ".join(f"{total:.3f}" + f" ({worst:.3f})" * (worst != total) for total, worst in both)
+            + " |"
+        )
+    for row in results.get("times", ()):
         yield (
             f"\nMicroseconds of a product, {row['rows']}x{row['columns']}, {row['tokens']} row(s) of x, cold weights, "
-            f"{results['threads']} thread(s):\n\n| read from | {bits} |\n| --- |{rule}"
+            f"{row['threads']} thread(s):\n\n| read from | {bits} |\n| --- |{rule}"
         )
         for name, key in (("the cascade", "cascade"), ("a weight of so many bits", "alone")):
             yield f"| {name} | " + " | ".join(f"{each[key]:.0f}" for each in row["bits"]) + " |"
-    for row in results["speculative"]:
+    for row in results.get("speculative", ()):
+        threads = f"{row['threads']} thread(s)"
         speed = f"{row['tokens_per_second']:.0f} tokens a second by itself"
-        yield f"\nGreedy decoding of {row['new_tokens']} tokens at 8 bits, {row['model']}: {speed}. With drafts:\n"
+        yield f"\nGreedy decoding of {row['new_tokens']} tokens at 8 bits, {row['model']}, {threads}: {speed}. With drafts:\n"
         head = (
             "tokens of a draft",
             "its bits",
@@ -178,10 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"{name}: done")
 
     with torch.no_grad():
-        results["threads"] = torch.get_num_threads()
         part("errors", lambda: [*map(errors, options.models), *random_errors()])
         sizes = [{"rows": n, "columns": n, "tokens": tokens} for n in options.sizes for tokens in (1, 4)]
-        part("times", lambda: [{**size, "bits": times(**size, rounds=options.rounds)} for size in sizes])
+        part(
+            "times",
+            lambda: [{**size, "threads": torch.get_num_threads(), "bits": times(**size, rounds=options.rounds)} for size in sizes],
+        )
         texts = [(folder, options.text, options.new) for folder in options.models[-1:]]
         part("speculative", lambda: [speculative(*each, options.drafts) for each in texts])
     if options.page:

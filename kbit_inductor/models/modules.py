@@ -134,7 +134,7 @@ class PackedMatrix(nn.Module):
         self.kernel, self.suffix, self.rejected = choice.kernel.name, choice.kernel.suffix, choice.rejected
         if self.config.cascade and choice.kernel.layout != "tiled":
             log.warning("a cascade has become a weight of %d bits: kernel %s reads no first planes", self.config.bits, self.kernel)
-            packed = packed.leading(self.config.bits)
+            packed = packed.plain
             self.config = packed.config
         self._set(packed.laid_out(choice.kernel.layout))
 

@@ -81,14 +81,18 @@ def sweep(models: Models, windows: Tensor, formats: Sequence[LayerConfig], folde
     rows = []
     with Progress(len(models) * len(wanted), "measuring") as progress, path.open("a", encoding="utf-8") as file:
         for name, load in models.items():
-            left = [config for config, label in wanted if (name, label, config and config.bits) not in known]
+            left = [config for config, label in wanted if (name, label, _bits(config)) not in known]
             for row in _measure(name, load(), windows, left) if left else ():
                 file.write(json.dumps(dataclasses.asdict(row)) + "\n")
                 file.flush()
                 known[row.model, row.format, row.bits] = row
                 progress.advance(f"{name}, {row.bits or 'float'} bits, {row.format}")
-            rows += [known[name, label, config and config.bits] for config, label in wanted]
+            rows += [known[name, label, _bits(config)] for config, label in wanted]
     return rows
+
+
+def _bits(config: LayerConfig | None) -> int | None:
+    return None if config is None else config.bits
 
 
 def _read(path: Path, text: str) -> dict[tuple[str, str, int | None], Row]:
