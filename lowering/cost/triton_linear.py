@@ -2,9 +2,8 @@
 
 Instructions are counted, not guessed: ``instructions.json`` holds what the compiled main loops execute for each weight beside the
 products and the scaling of sums, and the registers of a thread (benchmarks/gpu/cost_table.py). Both were counted at the default
-configurations; what another one differs by follows from the codes and sums that a thread of it holds, and is compared with what some of
-them compile to (benchmarks/gpu/short_list.py). AMD's
-instructions were not counted: those of sm_80 stand in for them.
+configurations; what another one differs by follows from the codes and sums that a thread of it holds, and is compared with what
+some of them compile to (benchmarks/gpu/short_list.py). AMD's instructions were not counted: those of sm_80 stand in for them.
 """
 
 from __future__ import annotations
