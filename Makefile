@@ -17,12 +17,12 @@ NEWEST := 14
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python3.14
 # Folders that hold Python code.
-CODE := kbit_inductor lowering kernels tests benchmarks
+CODE := kbit_inductor lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export coverage sanitize lint format typecheck typing-tree compiler clean \
-	distclean
+.PHONY: help demo bench-cpu bench-quality gpu test test-export docs tutorial coverage sanitize fuzz-files lint format typecheck \
+	typing-tree compiler clean distclean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,25 @@ sanitize: compiler $(VENV)/.installed  ## the CPU kernels' tests under the addre
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	CXX="$(CXX) $(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 KBIT_TEST_EXAMPLES=60 \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py
+
+# It is told how the files ended: read, or by which error.
+N := 10000
+fuzz-files: compiler $(VENV)/.installed  ## N=10000 damaged files of each format that is read: none may crash
+	@echo "== $(N) damaged files of each format"
+	@KBIT_TEST_EXAMPLES=$(N) $(BIN)/python -m pytest -q tests/test_import_damage.py
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "== installing mkdocs"
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[demo,test,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## make the site of the documentation, in build/site; a link that leads nowhere fails (Python 3.11 or later)
+	@echo "== site"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+tutorial: compiler $(VENV)/.installed  ## run docs/tutorial.md with SmolLM2: some minutes
+	@echo "== tutorial"
+	@KBIT_TEST_TUTORIAL=1 $(BIN)/python -m pytest tests/test_docs.py -k tutorial
 
 lint: $(VENV)/.linters  ## ruff (rules and format) and mypy
 	@echo "== ruff"

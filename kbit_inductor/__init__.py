@@ -37,6 +37,7 @@ from kbit_inductor.errors import (
     NotACausalLMError,
     NotAModelFileError,
     NotAModelFolderError,
+    NotATuningTableError,
     OperandMismatchError,
     PassOrderError,
     PromptTooLongError,
@@ -72,6 +73,7 @@ from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.precision import precision
 from kbit_inductor.quantizers import register_quantizer
 from kbit_inductor.restore import restore_
+from kbit_inductor.scaling import scaling
 
 if TYPE_CHECKING:
     from kbit_inductor.pretrained import KbitConfig
@@ -110,6 +112,7 @@ __all__ = [
     "NotACausalLMError",
     "NotAModelFileError",
     "NotAModelFolderError",
+    "NotATuningTableError",
     "OperandMismatchError",
     "Pass",
     "PassOrderError",
@@ -150,6 +153,7 @@ __all__ = [
     "register_quantizer",
     "restore_",
     "save",
+    "scaling",
     "to_gguf",
     "to_gptq",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kbit_inductor.amounts import byte_count, second_count
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
@@ -18,6 +19,7 @@ from kbit_inductor.quantizers.registry import find as find_quantizer
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
 AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
+BUDGETS = ("average_bits", "memory_budget", "latency_budget")
 LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade")
 
 
@@ -98,9 +100,11 @@ class Config(LayerConfig):
     """Every option of the backend.
 
     Args:
-        bits: as for a layer, or ``"auto"``: chosen for each layer under ``average_bits`` or ``memory_budget``, one of the two.
+        bits: as for a layer, or ``"auto"``: chosen for each layer under one of the three budgets.
         average_bits: mean bits of a weight, scales not counted.
         memory_budget: bytes of all the model's weights, packed or not, as a number or a text such as ``"90 MB"``.
+        latency_budget: seconds that all products on packed weights may take for one row, such as a token, as the cost model expects
+            on the device that the weights are on: a number or a text such as ``"2 ms"``.
         skip: layer names, or ``"re:…"`` patterns, that stay in float.
         overrides: layer name, or ``"re:…"`` pattern (matched against the whole name), to a mapping with any of the options
             above. The last entry that matches wins.
@@ -118,6 +122,7 @@ class Config(LayerConfig):
     bits: int | Literal["auto"] = 4  # type: ignore[assignment]  # a layer's bits are a number in the end
     average_bits: float | None = None
     memory_budget: int | str | None = None
+    latency_budget: float | str | None = None
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     min_elements: int = 1024
@@ -148,14 +153,14 @@ class Config(LayerConfig):
             _check_pattern(pattern)
 
     def _check_bits(self) -> None:
-        budgets = [name for name in ("average_bits", "memory_budget") if getattr(self, name) is not None]
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.bits != "auto":
             super()._check_bits()
             if budgets:
                 raise InvalidOptionError(f"option {budgets[0]!r} goes with bits='auto'; bits is {self.bits!r}")
             return
         if len(budgets) != 1:
-            raise InvalidOptionError(f"bits='auto' goes with one of 'average_bits' and 'memory_budget'; {len(budgets)} are given")
+            raise InvalidOptionError(f"bits='auto' goes with one of {', '.join(BUDGETS)}; {len(budgets)} are given")
         average = self.average_bits
         if average is not None and (
             isinstance(average, bool) or not isinstance(average, (int, float)) or not 1 <= average <= MAX_BITS
@@ -163,6 +168,13 @@ class Config(LayerConfig):
             raise InvalidOptionError(f"option 'average_bits' is {average!r}; give a number from 1 to {MAX_BITS}")
         if self.memory_budget is not None:
             byte_count(self.memory_budget)
+        if self.latency_budget is not None:
+            second_count(self.latency_budget)
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """``latency_budget`` in seconds."""
+        return None if self.latency_budget is None else second_count(self.latency_budget)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -179,7 +191,7 @@ class Config(LayerConfig):
         ours = {name: {**overrides.get(name, {}), **own} for name, own in self.overrides.items()}
         merged = {**{name: bits for name, bits in overrides.items() if name not in ours}, **ours}
         bits = PLACEHOLDER_BITS if self.bits == "auto" else self.bits
-        return dataclasses.replace(self, bits=bits, average_bits=None, memory_budget=None, overrides=merged)
+        return dataclasses.replace(self, bits=bits, average_bits=None, memory_budget=None, latency_budget=None, overrides=merged)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Config | None, mode: str | None = None) -> Config:
@@ -213,20 +225,6 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return pattern == name
-
-
-def byte_count(amount: int | str) -> int:
-    """Bytes of ``"90 MB"`` and the like: B, kB, MB, GB in powers of 1000, KiB, MiB, GiB in powers of 1024, or a plain number.
-
-    Raises:
-        InvalidOptionError: neither.
-    """
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?i?B)?\s*", str(amount))
-    if isinstance(amount, (bool, float)) or matched is None:
-        raise InvalidOptionError(f"option 'memory_budget' is {amount!r}; give bytes, or a text such as '90 MB' or '1.5 GiB'")
-    unit = (matched[2] or "B").upper()
-    base = 1024 if "I" in unit else 1000
-    return int(float(matched[1]) * base ** " KMG".index(unit[0] if len(unit) > 1 else " "))
 
 
 def _integer(option: str, value: object, accept: Any, wanted: str) -> None:

@@ -63,6 +63,10 @@ class MissingPackageError(KbitError, ImportError):
     """A package that only a part of this one needs, and that is not installed."""
 
 
+class NotATuningTableError(KbitError, ValueError):
+    """A file to import measured times from that is not there, or is none of its format."""
+
+
 class InvalidKernelError(KbitError, ValueError):
     """A kernel of a name that is taken, or without the operators that its record names."""
 

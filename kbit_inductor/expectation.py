@@ -64,16 +64,16 @@ class Clock:
         if device is not None:
             device_record(device)  # told before anything runs
 
-    def times(self, uses: Iterable[tuple[Problem | None, Rows]], on: torch.device) -> tuple[Expectation, ...]:
+    def times(self, uses: Iterable[tuple[Problem | None, Rows]], on: torch.device | None = None) -> tuple[Expectation, ...]:
         """Of ``uses`` of a weight that is ``on`` some device, those that the cost model knows: not of a batch of matrices."""
-        device = self._device or (on if on.type == "cuda" else None)
+        device = self._device or (on if on is not None and on.type == "cuda" else None)
         if device is None:
             return ()
         record = device_record(device)
         return tuple(
             _expected(dataclasses.replace(problem, device=record.type), _number(m), record, kernels())
             for problem, m in uses
-            if problem is not None and problem.family in MATRIX_FAMILIES
+            if problem is not None and problem.family in MATRIX_FAMILIES and problem.rows * problem.columns
         )
 
 

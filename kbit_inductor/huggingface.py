@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kbit_inductor.errors import ModelMismatchError, NotACausalLMError, UncapturableModelError
+from kbit_inductor.models.damage import PARSING_ERRORS, check_sizes
 
 NAME = "kbit_generator"  # of the attention below, in transformers' tables
 Buffers = list[tuple[Tensor, Tensor]]
@@ -201,9 +202,14 @@ def build(described: Mapping[str, Any]) -> nn.Module:
     return cast("nn.Module", model.eval())  # type: ignore[no-untyped-call]
 
 
-def checkpoint_skeleton(folder: Path) -> nn.Module:
+def checkpoint_skeleton(folder: Path, tensors: int, nbytes: int) -> nn.Module:
     """The causal language model that ``config.json`` in ``folder`` describes, in evaluation mode: parameters on the meta device,
     buffers with values. What it says of a quantization is left out.
+
+    Args:
+        folder: with a ``config.json``.
+        tensors: how many there are in its files.
+        nbytes: of its files.
 
     Raises:
         ModelMismatchError: transformers has no such architecture, or does not take the configuration.
@@ -211,8 +217,9 @@ def checkpoint_skeleton(folder: Path) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         vars(config).pop("quantization_config", None)
+        check_sizes(config, tensors, nbytes, folder)
         model: nn.Module = without_weights(config, getattr(config, "dtype", None) or torch.float32)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+    except PARSING_ERRORS as error:
         raise ModelMismatchError(f"transformers does not make a causal language model of {folder}/config.json: {error}") from error
     return model
 

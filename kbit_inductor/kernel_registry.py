@@ -7,7 +7,8 @@ others by name, so nothing depends on the order of imports.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +16,12 @@ from kbit_inductor.entry_points import load
 from kbit_inductor.errors import InvalidKernelError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering import registry
-from kbit_inductor.lowering.registry import Kernel, Problem
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import Kernel
+
+if TYPE_CHECKING:
+    from kbit_inductor.lowering.cost.device import DeviceRecord
+    from kbit_inductor.lowering.cost.work import Work
 
 GROUP = "kbit_inductor.kernels"
 FAMILIES = ("linear", "embedding", "batched_linear", "grouped_linear")
@@ -30,6 +36,7 @@ def register_kernel(
     supports: Callable[[Problem], str | None],
     cost: Callable[[Problem], float],
     layout: str = "planes",
+    works: Callable[[Problem, DeviceRecord], Sequence[Work]] | None = None,
     rounds: bool = False,
 ) -> Kernel:
     """Let a kernel compute products or look-ups of graphs that are compiled from now on, where it can and is the cheapest.
@@ -42,13 +49,14 @@ def register_kernel(
         supports: None when it can compute a problem, else the reason why not.
         cost: its time for one row of activations, in bytes that could be read meanwhile.
         layout: of the packed weights that it reads, ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
+        works: for the cost model, see docs/cost-model.md; by default it is taken to read ``cost`` bytes.
         rounds: whether its products take ``activation_bits``, as their last argument.
 
     Raises:
         InvalidKernelError: another kernel has the name (the same one may come again), no operator has the suffix, or there is no
             such layout.
     """
-    return add(Kernel(name, suffix, supports, cost, layout, rounds=rounds))
+    return add(Kernel(name, suffix, supports, cost, layout, works, rounds))
 
 
 def add(kernel: Kernel) -> Kernel:

@@ -65,10 +65,15 @@ class PackedWeight:
                 matrices = zip(*self.operands, strict=True)
                 return torch.stack([dataclasses.replace(self, operands=each, batch=None).dequantize(dtype) for each in matrices])
             if self.config.cascade:
-                return self.leading(self.config.bits).dequantize(dtype)
+                return self.plain.dequantize(dtype)
             planes, scale, offset, global_scale, codebook = plane_operands(self.laid_out("planes").operands, self.config)
             group_size = self.config.group_columns(self.columns)
             return reference.dequantize(planes, scale, offset, global_scale, self.columns, group_size, dtype, codebook)
+
+    @property
+    def plain(self) -> PackedWeight:
+        """This weight; of a cascade, that of all its planes, no cascade."""
+        return dataclasses.replace(self.leading(self.config.bits), error=self.error) if self.config.cascade else self
 
     def leading(self, bits: int) -> PackedWeight:
         """The weight, no cascade, of the first ``bits`` planes of a cascade, in the layout ``"planes"``. Its error is not known.

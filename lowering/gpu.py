@@ -9,6 +9,7 @@ none. The fused operator has none.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from kbit_inductor.kernels.triton.config import FLOAT_ROWS
 from kbit_inductor.kernels.words import unpack_words
 from kbit_inductor.lowering import operands, ops
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.tuner.lookup import config_for
 
 NOT_ROUNDED = 16
 HALVES = (torch.float16, torch.bfloat16)
@@ -76,7 +79,12 @@ def _fused_linear(
     operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
     operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
     grid = (words, scale, offset, global_scale)
-    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, activation_bits)
+    config = None
+    if activation_bits == NOT_ROUNDED:  # those of rounded activations are not tuned
+        sizes = (words.size(0), x.size(-1), bits, group_size)
+        problem = Problem("linear", "cuda", x.dtype, *sizes, uniform=codebook is None, symmetric=offset is None)
+        config = config_for(problem, math.prod(x.shape[:-1]), x.device)
+    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, activation_bits, config)
 
 
 def _linear_bits(*arguments: Any) -> Tensor:

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kbit_inductor as kbit
+from kbit_inductor.amounts import byte_count, second_count
+from kbit_inductor.bits import budget
 from kbit_inductor.bits.divergence import Divergence, substituted
 from kbit_inductor.bits.knapsack import choose
-from kbit_inductor.config import byte_count
+from kbit_inductor.bits.units import find_units
+from kbit_inductor.lowering.cost import measure as cost_measure
+from kbit_inductor.lowering.cost.device import DeviceRecord
 from kbit_inductor.packing import pack
 
 options = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 20).map(float)), min_size=1, max_size=4)
@@ -188,3 +192,44 @@ def test_a_released_model_keeps_its_bits(model):
     torch._dynamo.reset()
     again = torch.compile(model, backend="kbit", options={**AUTO, "release_weights": True})(IDS)
     assert torch.equal(first, again)
+
+
+@pytest.fixture
+def known_cpu(monkeypatch):
+    """A CPU on which reading a GB takes a second, and nothing else takes time."""
+    cpu = DeviceRecord(
+        name="CPU", pattern="", target="cpu", peak_bandwidth=1e9, peak_matrix_rate=1e15, clock=1e9, multiprocessors=1, lanes=1,
+        l2_bytes=0, shared_memory=0, registers=0, threads=1, warp=1, source="made up", reached_bandwidth=1e9,
+        reached_instruction_rate=1e15, launch=0.0,
+    )  # fmt: skip
+    monkeypatch.setattr(cost_measure, "record_of", lambda _: cpu)
+    budget._seconds.cache_clear()
+    yield
+    budget._seconds.cache_clear()
+
+
+def test_a_latency_budget_is_kept_by_what_is_expected(known_cpu, model):
+    units = find_units(model, kbit.Config())
+    in_all = {bits: sum(budget.seconds(unit, bits) for unit in units) for bits in range(1, 9)}
+    # Reading takes all the time: three layers, the head, and one row of the table, which is the head's too.
+    assert in_all[4] == pytest.approx(1e-9 * sum(64 * n * (4 / 8 + 4 / 64) + 4 * (64 + n) for n in (64, 64, 64, 60)), rel=1e-3)
+    limit = (in_all[3] + in_all[4]) / 2
+    plan = kbit.plan(model, {"bits": "auto", "latency_budget": limit}, IDS)
+    assert sum(budget.seconds(unit, plan.overrides[unit.names[0]]["bits"]) for unit in units) <= limit
+    assert 3 < plan.average_bits < 4 and plan.divergence["plan"] < plan.divergence["uniform"]
+    assert "latency_budget" in plan.verdict
+    with pytest.raises(kbit.BudgetError, match="latency_budget='1 ns'"):
+        kbit.plan(model, {"bits": "auto", "latency_budget": "1 ns"}, IDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2 ms", 2e-3), ("300us", 3e-4), ("1.5 µs", 1.5e-6), (0.25, 0.25), ("1e-3", 1e-3), (1, 1.0)]
+)
+def test_seconds_are_read(text, seconds):
+    assert second_count(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["soon", "0 ms", -1, True, "3 MB", float("nan")])
+def test_what_is_no_time_is_told(text):
+    with pytest.raises(kbit.InvalidOptionError, match="2 ms"):
+        kbit.Config(bits="auto", latency_budget=text)

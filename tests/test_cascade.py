@@ -59,7 +59,9 @@ def test_layouts_hold_the_same(rows, columns, group, bits):
     packed = pack(torch.randn(rows, columns), LayerConfig(bits, group, cascade=True))
     again = packed.laid_out("tiled").laid_out("planes")
     assert all(torch.equal(one, other) for one, other in zip(packed.operands, again.operands, strict=True))
-    assert torch.equal(packed.laid_out("tiled").dequantize(), packed.dequantize())
+    plain = packed.laid_out("tiled").plain
+    assert not plain.config.cascade and plain.error == packed.error and plain.plain is plain
+    assert torch.equal(plain.laid_out("tiled").dequantize(), packed.dequantize())
     assert [(tuple(t.shape), t.dtype) for t in packed.operands] == operand_specs(rows, columns, packed.config, "planes")
 
 

@@ -59,6 +59,12 @@ def test_the_program_that_is_compiled(packed: nn.Module, tmp_path: Path, monkeyp
     for size in SIZES[::2]:
         ids = torch.randint(0, 100, size)
         assert torch.equal(program.module()(ids=ids), packed(ids))
+    length = {"ids": {1: torch.export.Dim.DYNAMIC}}
+    kbit.export(packed, {"ids": torch.randint(0, 100, (2, 6))}, tmp_path / "model.pt2", dynamic=length)
+    fixed = seen.pop().module()
+    assert fixed(ids=ids[:2]).shape == (2, 17, 100)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        fixed(ids=ids)
     held = [*program.state_dict.values(), *program.constants.values()]
     matrices = {tensor.data_ptr() for tensor in held if tensor.dtype == torch.uint8}
     assert matrices == {matrix.tiled.data_ptr() for matrix in packed_matrices(packed)}

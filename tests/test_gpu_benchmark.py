@@ -125,6 +125,13 @@ def test_reports_of_tests_are_read(tmp_path: Path) -> None:
     assert suite._failed(report) == ["tests.test_gpu::b"]
 
 
+def test_tests_that_are_all_skipped_show_nothing() -> None:
+    skipped = {"tests": 35, "failures": 0, "errors": 0, "skipped": 35}
+    assert suite.acceptable(skipped, rehearsal=True) and not suite.acceptable(skipped, rehearsal=False)
+    assert suite.acceptable(skipped | {"skipped": 1}, rehearsal=False)
+    assert not suite.acceptable(skipped | {"skipped": 1, "errors": 1}, rehearsal=False)
+
+
 def row(contender: str, m: int, seconds: float, share: float = 0.7, bits: int = 4) -> dict[str, Any]:
     return {"n": 8192, "k": 8192, "m": m, "contender": contender, "bits": bits, "seconds": seconds, "roofline_share": share}
 

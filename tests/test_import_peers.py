@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,12 @@ def test_onnx(tmp_path: Path, bits: int, symmetric: bool) -> None:
     stored = layer.weight.stored()
     scale = (stored["scale"].double().abs() * stored["global_scale"]).repeat_interleave(GROUP, 1)[:, :columns]
     assert bool(((found - wanted).abs() <= scale * 2 ** (bits + 1) * HALF).all())
+
+
+def test_the_table_of_the_page_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import imports
+
+    rows = json.loads(imports.RESULTS.read_text())["rows"]
+    assert "\n".join(imports.table(rows)) in imports.PAGE.read_text(encoding="utf-8")
+    assert all(row["exact"] == (row["error"] == 0) for row in rows)

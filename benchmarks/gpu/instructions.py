@@ -18,7 +18,7 @@ import triton
 from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.kernels.triton import aot, launch, linear, quantize
 from kbit_inductor.kernels.triton import bits as counting
-from kbit_inductor.kernels.triton.config import Device, default_config
+from kbit_inductor.kernels.triton.config import Config, Device, default_config
 from kbit_inductor.kernels.words import WordLayout
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
@@ -47,10 +47,11 @@ def compile_product(
     symmetric: bool = False,
     codebook: bool = False,
     rounded: bool = False,
+    config: Config | None = None,
 ) -> tuple[aot.CompiledKernel, float]:
-    """The kernel that a product of ``rows`` rows launches by default, and the weights of a thread in one pass of its main loop."""
+    """The kernel that a product of ``rows`` rows launches, and the weights of a thread in one pass of its main loop."""
     layout = WordLayout.of(bits, k, group_size)
-    config = default_config(rows, n, layout, torch.int8 if rounded else dtype, DEVICES[target])
+    config = config or default_config(rows, n, layout, torch.int8 if rounded else dtype, DEVICES[target])
     with torch.device("meta"):
         words = torch.empty(n, layout.row_words, dtype=torch.int16)
         scale = torch.empty(group_count(k, group_size), n, dtype=torch.float16)

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if picture := heatmap.draw(session.results, options.picture):
         console.print(f"wrote {picture}", soft_wrap=True)
     if not passed:
-        console.print("tests that need a GPU failed, so nothing was timed", style="bold")
+        console.print("tests that need a GPU failed, or all were skipped, so nothing was timed", style="bold")
     return 0 if passed else 1
 
 

@@ -44,6 +44,8 @@ def with_bits(config: Config, weights: Sequence[GraphWeight], inputs: Sequence[A
             unit = units.setdefault((_shared_input(weight) or weight.node, pinned, weight.config), Unit({}, weight.config, pinned))
             unit.weights[value] = [weight.name]
             unit.is_end |= _is_table(weight) or weight is last
+            if all(user.target is torch.nn.functional.embedding for user in weight.node.users):
+                unit.looked_up.add(value)
         rest = sum(inputs[w.argument].nbytes for w in weights if w.config is None or inputs[w.argument].dim() != 2)
         plan = solve(list(units.values()), config, rest)
     log.info("%s", plan)

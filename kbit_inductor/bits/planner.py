@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor.bits.budget import LEAST_BITS, MOST_BITS, Budget
 from kbit_inductor.bits.divergence import Divergence
 from kbit_inductor.bits.knapsack import choose
 from kbit_inductor.bits.plan import Plan, PlannedLayer
@@ -28,7 +29,6 @@ from kbit_inductor.packing import PackedWeight
 from kbit_inductor.progress import Progress
 
 PROBE_BITS = 3
-LEAST_BITS, MOST_BITS = 1, 8
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def plan(
     *,
     tokenizer: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Plan:
-    """The bits of each layer of ``model`` under the budget of ``config``, ``average_bits`` or ``memory_budget``.
+    """The bits of each layer of ``model`` under the budget of ``config``, one of bits, bytes or time.
 
     The same for the same model and data. ``plan(...).apply(config)`` is the config to compile with.
 
@@ -128,7 +128,7 @@ def solve(
                 unit.measure(each, calibration)
     if divergence is None:
         _weigh(units)
-    budget = _Budget.of(config, units, bytes_in_float)
+    budget = Budget.of(config, units, bytes_in_float)
     uniform = budget.uniform(units)
     least = min(uniform, 2)  # 1 bit is for budgets that force it
     choices = [_choices(unit, least, uniform if unit.is_end and divergence is None else least) for unit in units]
@@ -157,31 +157,6 @@ def _weigh(units: Sequence[Unit]) -> None:
     inner = sum(len(unit.weights) for unit in units if not unit.is_end)
     for unit in units:
         unit.factor = 1.0 if unit.is_end else len(unit.weights) * min(1.0, 2 / inner)
-
-
-class _Budget:
-    """How much there is for all units, and what counts."""
-
-    def __init__(self, text: str, limit: int, size: Callable[[Unit, int], int]) -> None:
-        self.text, self.limit, self.size = text, limit, size
-
-    @classmethod
-    def of(cls, config: Config, units: Sequence[Unit], bytes_in_float: int) -> _Budget:
-        if config.average_bits is not None:
-            limit = int(config.average_bits * sum(unit.elements for unit in units) + 1e-6)
-            return cls(f"{config.average_bits:g} bits on average", limit, lambda unit, bits: bits * unit.elements)
-        limit = (config.budget_bytes or 0) - bytes_in_float
-        text = f"memory_budget={config.memory_budget!r} ({bytes_in_float:,} bytes of it stay in float)"
-        return cls(text, limit, lambda unit, bits: unit.nbytes[bits])
-
-    def uniform(self, units: Sequence[Unit]) -> int:
-        """The most bits that all units can have alike, but for those that are pinned."""
-        needed = 0
-        for bits in range(MOST_BITS, LEAST_BITS - 1, -1):
-            needed = sum(self.size(unit, unit.pinned or bits) for unit in units)
-            if needed <= self.limit:
-                return bits
-        raise BudgetError(f"{self.text} is too little: 1 bit everywhere takes {needed:,} of {max(self.limit, 0):,}; give more")
 
 
 def _choices(unit: Unit, least: int, floor: int) -> list[int]:

@@ -24,6 +24,7 @@ class Unit:
         config: of the layers, but for the bits.
         pinned: the bits that ``overrides`` set, or None.
         is_end: whether a table, or the head, is among them.
+        looked_up: those that nothing is multiplied by.
         nbytes: packed bytes by bits.
         errors: relative squared error by bits.
         factor: what an error of 1 costs.
@@ -33,6 +34,7 @@ class Unit:
     config: LayerConfig
     pinned: int | None = None
     is_end: bool = False
+    looked_up: set[Tensor] = field(default_factory=set)
     nbytes: dict[int, int] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
     factor: float = 1.0
@@ -67,11 +69,14 @@ class Unit:
 def find_units(model: nn.Module, config: Config, siblings: Iterable[Iterable[str]] = ()) -> list[Unit]:
     """The weights of ``model`` that would be packed, those of each of ``siblings``, layers that share an input, together."""
     names: dict[Tensor, list[str]] = {}
+    products: set[Tensor] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for own, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             name = path if own == "weight" and path else f"{path}.{own}".removeprefix(".")
             if weight.dim() == 2 and weight.dtype in WEIGHT_DTYPES and weight.numel() >= config.min_elements:
                 names.setdefault(weight, []).append(name)
+                if not isinstance(module, nn.Embedding):
+                    products.add(weight)
     group = {name: index for index, together in enumerate(siblings) for name in together}
     units: dict[Any, Unit] = {}
     ends = _ends(model, names)
@@ -85,6 +90,8 @@ def find_units(model: nn.Module, config: Config, siblings: Iterable[Iterable[str
         unit = units.setdefault(key, Unit({}, layer, pinned))
         unit.weights[weight] = known
         unit.is_end |= weight in ends
+        if weight not in products:
+            unit.looked_up.add(weight)
     return list(units.values())
 
 

@@ -19,8 +19,10 @@ from kbit_inductor.cli.bench import bench
 from kbit_inductor.cli.chat import chat
 from kbit_inductor.cli.evaluate import evaluate
 from kbit_inductor.cli.files import check_new, need_tokenizer, new_folder, open_model, open_tokenizer
-from kbit_inductor.cli.options import Json, Options, Source, config_of, console, reported, show
+from kbit_inductor.cli.options import EXAMPLE_TOKENS, Json, Options, Source, config_of, console, reported, show
+from kbit_inductor.cli.scaling import scaling
 from kbit_inductor.cli.text import pieces
+from kbit_inductor.cli.tune import tune
 from kbit_inductor.debug.bisect import bisect as bisect_model
 from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
@@ -31,7 +33,6 @@ from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="k-bit models: make, look into and run them.")
-EXAMPLE_TOKENS = 8  # of a text that a model is run on where any will do
 
 Target = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")]
@@ -122,7 +123,7 @@ def plan_bits(
     output: Output = None,
     option: Options = None, text: Text = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Choose bits for each layer under a budget: -o average_bits=3.5, or -o memory_budget="90 MB"."""
+    """Choose bits for each layer under a budget: -o average_bits=3.5, memory_budget="90 MB" or latency_budget="2 ms"."""
     with reported(as_json):
         config = config_of(["bits=auto", *(option or [])])
         found = plan(open_model(source), config, _lines(text), tokenizer=open_tokenizer(source))
@@ -205,6 +206,8 @@ def doctor(as_json: Json = False) -> None:
 app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(bench)
+app.command()(tune)
+app.command()(scaling)
 
 
 def _example(batch: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,20 +12,15 @@ from typing import Any
 from torch import nn
 
 from kbit_inductor.atomic import exchange
-from kbit_inductor.errors import InvalidOptionError, MissingPackageError, NotAModelFolderError
+from kbit_inductor.errors import InvalidOptionError, NotAModelFolderError
 from kbit_inductor.logs import logger
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.importers.checkpoint import from_checkpoint, is_packed
 from kbit_inductor.models.modelfile import MANIFEST
 from kbit_inductor.models.saving import load
+from kbit_inductor.packages import need
 
 log = logger("capture")
-
-
-def need(package: str) -> None:
-    """Raise MissingPackageError where ``package`` is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f"{package} is not installed; pip install {package}")
 
 
 def open_model(source: Path) -> nn.Module:

@@ -17,6 +17,7 @@ from kbit_inductor.config import Config
 from kbit_inductor.errors import InvalidOptionError, KbitError
 
 console = Console()
+EXAMPLE_TOKENS = 8  # of a text that a model is run on where any will do
 
 Source = Annotated[Path, typer.Argument(help="A folder written by kbit or by Hugging Face, or a .gguf file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON.")]

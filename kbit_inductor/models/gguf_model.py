@@ -13,6 +13,7 @@ from torch import nn
 from kbit_inductor.errors import NotAModelFileError
 from kbit_inductor.logs import logger
 from kbit_inductor.models import filling
+from kbit_inductor.models.damage import PARSING_ERRORS
 from kbit_inductor.models.gguf_blocks import TYPES, packed_of
 from kbit_inductor.progress import Progress
 from kbit_inductor.release import trim_heap
@@ -37,7 +38,7 @@ def from_gguf(path: str | Path) -> nn.Module:
     reader = opened(path)
     from kbit_inductor.models.gguf_transformers import Form, skeleton
 
-    model = skeleton(path)
+    model = skeleton(path, len(reader.tensors))
     form = Form.of(model)
     left = filling.awaited(model)
     in_float: Counter[str] = Counter()
@@ -84,7 +85,7 @@ def opened(path: Path) -> Any:
         raise NotAModelFileError(f"{path} is no file; give a GGUF file")
     try:
         return GGUFReader(path, "c")  # writable in memory: torch wants it so
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+    except PARSING_ERRORS as error:
         raise NotAModelFileError(f"{path} is no GGUF file, or is damaged ({error}); copy it anew") from error
 
 

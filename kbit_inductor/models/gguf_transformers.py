@@ -17,6 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from kbit_inductor import huggingface
 from kbit_inductor.errors import ModelMismatchError, UnsavableModelError
+from kbit_inductor.models.damage import PARSING_ERRORS, check_sizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Form:
         processor = kind(config=model.config.to_dict())  # type: ignore[no-untyped-call]
         try:
             return cls(get_gguf_hf_weights_map(model, processor), processor)
-        except (ValueError, NotImplementedError) as error:
+        except PARSING_ERRORS as error:
             raise ModelMismatchError(f"GGUF has no form of {model.config.model_type!r} that transformers knows: {error}") from error
 
     def row_order(self, name: str, rows: int) -> Tensor | None:
@@ -51,7 +52,10 @@ class Form:
         llama.cpp interleaves the halves of each head, for one. transformers has a function of values for it: given the numbers of
         the rows, it says which is which. None where the model has the tensor in another form.
         """
-        moved = self.values(name, np.arange(rows, dtype=np.float64)[:, None])
+        try:
+            moved = self.values(name, np.arange(rows, dtype=np.float64)[:, None])
+        except PARSING_ERRORS as error:
+            raise ModelMismatchError(f"{name} of the file, of {rows} rows, is none of the model ({error})") from error
         if moved.shape != (rows, 1) or not np.array_equal(np.sort(moved[:, 0]), np.arange(rows)):
             return None
         return torch.from_numpy(moved[:, 0].astype(np.int64))
@@ -66,16 +70,17 @@ class Form:
         return result.weights
 
 
-def skeleton(path: Path) -> nn.Module:
-    """The model that a GGUF file describes, parameters on the meta device and buffers with values.
+def skeleton(path: Path, tensors: int) -> nn.Module:
+    """The model that a GGUF file of ``tensors`` describes, parameters on the meta device and buffers with values.
 
     Raises:
         ModelMismatchError: transformers has no such architecture.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        check_sizes(config, tensors, path.stat().st_size, path)
         model: nn.Module = huggingface.without_weights(config, torch.float32)
-    except (ValueError, NotImplementedError) as error:
+    except PARSING_ERRORS as error:
         raise ModelMismatchError(f"transformers does not load the architecture of {path.name}: {error}") from error
     return model
 

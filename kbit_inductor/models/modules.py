@@ -19,7 +19,8 @@ from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.logs import logger
 from kbit_inductor.lowering import ops
-from kbit_inductor.lowering.registry import Problem, choose
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
 
 log = logger("pack")
@@ -133,7 +134,7 @@ class PackedMatrix(nn.Module):
         self.kernel, self.suffix, self.rejected = choice.kernel.name, choice.kernel.suffix, choice.rejected
         if self.config.cascade and choice.kernel.layout != "tiled":
             log.warning("a cascade has become a weight of %d bits: kernel %s reads no first planes", self.config.bits, self.kernel)
-            packed = packed.leading(self.config.bits)
+            packed = packed.plain
             self.config = packed.config
         self._set(packed.laid_out(choice.kernel.layout))
 
@@ -199,10 +200,9 @@ class PackedMatrix(nn.Module):
             found = f"{tuple(given[name].shape)} of {given[name].dtype}"
             error_msgs.append(f"{prefix + name} is {found}; this layer, of {self.config}, has {shape} of {dtype}")
         if given.keys() == specs.keys() and not wrong:
-            operands = tuple(given[name].detach().to(self.device, copy=True) for name in specs)
-            if self.order is not None:
-                *operands, self.order = operands
-            self._hold(PackedWeight(operands, self.config, self.columns, self.error))
+            copies = {name: given[name].detach().to(self.device, copy=True) for name in specs}
+            self.order = copies.pop("order", None)
+            self._hold(PackedWeight(tuple(copies.values()), self.config, self.columns, self.error))
 
 
 def _converted(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

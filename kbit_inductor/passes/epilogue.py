@@ -9,7 +9,8 @@ Epilogues of a matrix product after the manner of CUTLASS's (Kerr et al., 2017) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +21,14 @@ from kbit_inductor.passes.patterns import ADD, MULTIPLY, activation_of, alike, i
 
 LINEAR = torch.ops.kbit.linear_triton.default
 FUSED = torch.ops.kbit.fused_linear_triton.default
-PRODUCT = ("x", "words", "scale", "offset", "global_scale", "bias", "bits", "group_size")
-REST = (None, 16)  # codebook and activation_bits, which a product may leave out
-PLAIN = ("", None, None)  # activation, factor, residual
+PLAIN: Mapping[str, Any] = {"activation": "", "factor": None, "residual": None}
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a ``fused_linear_triton`` node by name."""
+    """A call of ``fused_linear_triton``, or of the plain operator as one, its arguments by name."""
 
-    x: fx.Node
-    words: fx.Node
-    scale: fx.Node
-    offset: Any
-    global_scale: fx.Node
-    bias: Any
-    bits: int
-    group_size: int
-    codebook: Any
-    activation: str
-    factor: Any
-    residual: Any
-    activation_bits: int = 16
+    arguments: Mapping[str, Any]
 
     @classmethod
     def of(cls, node: Any) -> Call | None:
@@ -50,16 +37,22 @@ class Call:
             return None
         if not all(is_constant(each) for each in (node, *node.all_input_nodes)):
             return None
-        operands: Any = node.args
-        if node.target is LINEAR:
-            *product, codebook, activation_bits = operands + REST[len(operands) - len(PRODUCT) :]
-            operands = (*product, codebook, *PLAIN, activation_bits)
-        return cls(*operands)
+        schema: Any = node.target._schema.arguments
+        defaults = {argument.name: argument.default_value for argument in schema}
+        given = zip(defaults, node.args, strict=False)
+        return cls({**PLAIN, **defaults, **dict(given)})
 
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is fused behind the sum and its bias yet."""
-        return (self.activation, self.factor, self.residual) == PLAIN
+    def becomes(self, **changed: Any) -> Call:
+        """The call with other arguments."""
+        return Call({**self.arguments, **changed})
+
+    def lacks(self, *names: str) -> bool:
+        """Whether nothing of these is fused behind the sum and its bias yet."""
+        return all(self.arguments[name] == PLAIN[name] for name in names)
+
+    def positional(self) -> tuple[Any, ...]:
+        """The arguments in the order of the fused operator."""
+        return tuple(self.arguments[argument.name] for argument in FUSED._schema.arguments)
 
 
 def fuse_epilogues(context: Context) -> None:
@@ -75,17 +68,17 @@ def _activation(context: Context, node: fx.Node) -> bool:
     name = activation_of(node)
     product: Any = node.args[0] if name else None
     call = _followed_by(product, node)
-    if name is None or call is None or not call.plain:
+    if name is None or call is None or not call.lacks(*PLAIN):
         return False
-    return _fuse(context, product, node, replace(call, activation=name), "activation")
+    return _fuse(context, product, node, call.becomes(activation=name), "activation")
 
 
 # act(linear(x)) * factor
 def _gate(context: Context, node: fx.Node) -> bool:
     for product, other in _operands(node, MULTIPLY):
         call = _followed_by(product, node)
-        if call is not None and call.factor is None and call.residual is None and _fits(product, other):
-            return _fuse(context, product, node, replace(call, factor=other), "gate")
+        if call is not None and call.lacks("factor", "residual") and _fits(product, other):
+            return _fuse(context, product, node, call.becomes(factor=other), "gate")
     return False
 
 
@@ -93,8 +86,8 @@ def _gate(context: Context, node: fx.Node) -> bool:
 def _residual(context: Context, node: fx.Node) -> bool:
     for product, other in _operands(node, ADD):
         call = _followed_by(product, node)
-        if call is not None and call.residual is None and _fits(product, other):
-            return _fuse(context, product, node, replace(call, residual=other), "residual")
+        if call is not None and call.lacks("residual") and _fits(product, other):
+            return _fuse(context, product, node, call.becomes(residual=other), "residual")
     return False
 
 
@@ -118,7 +111,7 @@ def _fits(product: fx.Node, other: Any) -> bool:
 def _fuse(context: Context, product: fx.Node, node: fx.Node, call: Call, kind: str) -> bool:
     """Compute ``call`` where ``node`` stands, in place of both."""
     with context.graph.inserting_before(node):
-        fused = context.graph.call_function(FUSED, tuple(vars(call).values()))
+        fused = context.graph.call_function(FUSED, call.positional())
     fused.meta = {**node.meta, VALUE: node.meta[VALUE]}
     node.replace_all_uses_with(fused)
     context.graph.erase_node(node)

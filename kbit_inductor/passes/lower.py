@@ -14,7 +14,8 @@ from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.kernel_registry import kernels
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
-from kbit_inductor.lowering.registry import Choice, Problem, choose
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import Choice, choose
 from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.store import Form, Slot, form
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering import ops
-from kbit_inductor.lowering.registry import Kernel, Problem
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import Kernel
 from kbit_inductor.packing import PackedWeight, pack, plane_operands
 from kbit_inductor.testing.bounds import Grid, product, rounded
 

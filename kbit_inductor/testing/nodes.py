@@ -125,8 +125,10 @@ def _fused(
         spread = (x.shape[-1] + 8) * UNIT
         x = normed.to(x.dtype)
     parts = [_part(x, grids[id(weight)], bias, bits, spread) for weight, bias in zip(weights, biases, strict=True)]
-    first = parts[0] if gated else tuple(torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
-    return _epilogue(*first, activation, parts[1] if gated else None, residual, x.dtype)
+    first, slack = parts[0]
+    if not gated:
+        first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return _epilogue(first, slack, activation, parts[1] if gated else None, residual, x.dtype)
 
 
 def _fused_words(

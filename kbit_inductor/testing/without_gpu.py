@@ -39,8 +39,9 @@ def fake_gpu_model(model: nn.Module, mode: FakeTensorMode, device: str = "cuda:0
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             made[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     for module in moved.modules():
-        for table in (module._parameters, module._buffers):
-            table.update({name: made[id(tensor)] for name, tensor in table.items() if tensor is not None})  # type: ignore[arg-type]
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            table.update({name: made[id(tensor)] for name, tensor in table.items() if tensor is not None})
     return moved
 
 
@@ -54,8 +55,8 @@ def _linear(
 
 def _fused(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
-    activation_bits: int = 16,
+    group_size: int, codebook: Tensor | None = None, activation: str = "", factor: Tensor | None = None,
+    residual: Tensor | None = None, activation_bits: int = 16,
 ) -> Tensor:  # fmt: skip
     if activation_bits < 16:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from kbit_inductor.lowering.cost.device import LAUNCH, DeviceRecord, find
 
 TIME_LIMIT = 0.05  # seconds for each of the timings
 LARGE = 2**27  # bytes, more than most caches on a chip
+CHUNKS = 64
 CPU_LANES = 64  # multiply-adds of 8 bits in an AVX-512 instruction
 OLDEST = "sm_80"
 
@@ -32,9 +34,7 @@ def record_of(device: torch.device) -> DeviceRecord:
 
 def measure_cpu() -> DeviceRecord:
     """The CPU with torch's present number of threads, as the compiled kernels find it; where there are none, torch's products."""
-    large = torch.ones(LARGE // 8, dtype=torch.float64)
-    bandwidth = large.nbytes / _seconds(large.sum)
-    del large
+    bandwidth = _read_bandwidth()
     rows, columns, bits = 1024, 1024, 4
     many, one, tiny = (_cpu_product(n, rows if n > 0 else 16, columns if n > 0 else 64, bits) for n in (128, 1, 0))
     launch = _seconds(tiny)
@@ -47,6 +47,17 @@ def measure_cpu() -> DeviceRecord:
         source=f"measured with {cores} of {os.cpu_count()} threads", reached_bandwidth=bandwidth, reached_matrix_rate=2 * rate,
         reached_instruction_rate=rate, launch=launch, unpacking=unpacking,
     )  # fmt: skip
+
+
+def _read_bandwidth() -> float:
+    """Bytes/s of reading memory: by the median of short reads, since others may use the machine for a while."""
+    chunks = torch.ones(LARGE // 8, dtype=torch.float64).chunk(CHUNKS)
+    times = []
+    for chunk in chunks:
+        start = time.perf_counter()
+        chunk.sum()
+        times.append(time.perf_counter() - start)
+    return chunks[0].nbytes / statistics.median(times)
 
 
 def _cpu_product(m: int, rows: int, columns: int, bits: int) -> Callable[[], object]:

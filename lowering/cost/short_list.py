@@ -63,10 +63,9 @@ def candidates(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Confi
 
 def _combinations(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Config]:
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
-    loops = []
+    loops: list[tuple[tuple[int, ...], tuple[int, ...], int, bool, tuple[int, ...]]] = []
     if m <= DECODE_ROWS and problem.dtype != torch.float32:
-        blocks_m = (device.least_rows,) if m <= device.least_rows else (16,)
-        loops.append((blocks_m, (16, 32, 64), layout.block_pieces, False, (1, 2, 4)))
+        loops.append(((device.least_rows if m <= device.least_rows else 16,), (16, 32, 64), layout.block_pieces, False, (1, 2, 4)))
     widest = 32 if problem.dtype == torch.float32 else 128
     blocks_m = tuple(block for block in (16, 32, 64, 128) if block <= widest and block < 2 * max(m, 16))
     loops.append((blocks_m, (32, 64, 128), STEPPED, m > DECODE_ROWS, (2, 4, 8)))

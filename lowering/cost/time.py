@@ -7,6 +7,8 @@ device the programs fill::
     tail         a multiprocessor has ceil(programs / multiprocessors) of them: wave quantization
     issue        too few warps on a multiprocessor to issue an instruction in each clock
     in flight    fewer bytes under way than bandwidth times latency (Little's law)
+
+To that come the launch, and a latency for each wave of programs, whose first loads nothing hides.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ def _parts(work: Work, device: DeviceRecord, m: ArrayLike) -> dict[str, Any]:
     programs = np.where(filled, done.programs, processors)
     tail = np.ceil(programs / processors) * processors / programs
     together = np.minimum(np.ceil(programs / processors), np.maximum(done.resident, 1))
+    waves = np.ceil(programs / (processors * np.maximum(done.resident, 1)))
     issue = np.where(filled, np.minimum(1, together * done.warps / FULL_ISSUE_WARPS), 1)
     under_way = np.minimum(programs, processors * np.maximum(done.resident, 1)) * done.in_flight
     reading = np.where(done.in_flight > 0, np.minimum(1, under_way / (device.bandwidth * LATENCY)), 1)
@@ -74,5 +77,5 @@ def _parts(work: Work, device: DeviceRecord, m: ArrayLike) -> dict[str, Any]:
         "L2 cache": done.l2_bytes / device.l2_bandwidth,
         "instructions": done.instructions / device.instruction_rate * tail / issue,
         "tensor cores": done.products / device.matrix_rate * tail,
-        "launch": done.launches * device.launch,
+        "launch": done.launches * device.launch + np.where(filled, waves * LATENCY, 0),
     }

@@ -2,8 +2,8 @@
 
 Instructions are counted, not guessed: ``instructions.json`` holds what the compiled main loops execute for each weight beside the
 products and the scaling of sums, and the registers of a thread (benchmarks/gpu/cost_table.py). Both were counted at the default
-configurations; another one's registers follow from the codes and sums that a thread of it holds. AMD's
-instructions were not counted: those of sm_80 stand in for them.
+configurations; what another one differs by follows from the codes and sums that a thread of it holds, and is compared with what
+some of them compile to (benchmarks/gpu/short_list.py). AMD's instructions were not counted: those of sm_80 stand in for them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,14 @@ STAND_IN = "sm_80"
 REPRESENTATIVE_ROWS = (1, 16, 32, 64, 256)
 """Rows of x whose default configurations are all that :func:`~kbit_inductor.kernels.triton.config.default_config` gives."""
 MOST_REGISTERS, LEAST_REGISTERS = 255, 32
+CODE_SHARE = 0.4  # of a thread's registers, for codes, as compiled with twice as many
+SHARING_REGISTERS = 16  # to add up the shares of several programs, as some of the compiled kernels have them
 TILES = 3
 """Float tiles of the result that a program holds: the sum, that of a group, and the sums of x."""
+STEP_INSTRUCTIONS = 200
+"""Of a thread in a step of two pieces, however many weights it has: for x, for addresses, for waiting."""
+WGMMA_OPERANDS = 1.0
+"""Instructions for each weight that bring it to where ``wgmma`` reads, when there are few rows of x."""
 MMA_WEIGHTS = 8  # for each thread, that an instruction multiplies with 8 rows of x: mma.sync takes 16 x 16
 
 COLUMNS, BLOCK_M, BLOCK_N, STEPS, PIECE, SPAN, SPLIT_K, WARPS, STAGES = sympy.symbols(
@@ -85,15 +91,13 @@ def hardware(device: DeviceRecord) -> Device:
 def linear(problem: Problem, config: Config, device: DeviceRecord) -> Work:
     """The work of a product with a configuration, in M."""
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
-    unrolled = config.steps == layout.block_pieces
-    counted = _counted(problem.bits, unrolled, device)
     span = math.gcd(layout.group_pieces, config.steps, 2)
     return bound(LINEAR, problem).at(
         columns=layout.padded_columns, piece=layout.piece, span=span, steps=config.steps,
         block_m=config.block_m, block_n=config.block_n, split_k=config.split_k, warps=config.num_warps, stages=config.num_stages,
         sums=float(config.sums), passes=_digits(problem) + (0 if config.sums else _parts(problem)),
         mma=0.0 if uses_wgmma(config, device) else 1.0,
-        unpacking=counted["per_weight"], registers=resources(problem, config, device).registers,
+        unpacking=_unpacking(problem, config, device), registers=resources(problem, config, device).registers,
         warp=device.warp, all_registers=device.registers, all_threads=device.threads, all_shared=device.shared_memory,
     )  # fmt: skip
 
@@ -104,9 +108,13 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
     unrolled = config.steps == layout.block_pieces
     known = _default(problem, 1 if unrolled else 256, device)
     counted = _counted(problem.bits, unrolled, device)["registers"]
-    longer = config.block_n / config.num_warps / (known.block_n / known.num_warps)  # codes that a thread holds
+    longer = max(1, config.block_n / config.num_warps / (known.block_n / known.num_warps))  # codes that a thread holds
     more = (config.block_m * config.block_n / config.num_warps - known.block_m * known.block_n / known.num_warps) / device.warp
-    registers = min(max(LEAST_REGISTERS, counted * max(longer, 0.5) + TILES * more), 2 * MOST_REGISTERS)
+    registers = max(
+        LEAST_REGISTERS, counted * (1 + CODE_SHARE * (longer - 1)) + TILES * max(more, more / 2)
+    )  # the compiler gives half of it back
+    if config.split_k > max(1, known.split_k):
+        registers += SHARING_REGISTERS
     step = config.steps * layout.piece
     shared = config.num_stages * step * (config.block_n * problem.bits / 8 + config.block_m * problem.dtype.itemsize)
     return Resources(math.ceil(registers), math.ceil(shared))
@@ -114,7 +122,18 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
 
 def uses_wgmma(config: Config, device: DeviceRecord) -> bool:
     """Whether Triton multiplies with a group of four warps: from 64 rows of the left operand, the weight, on."""
-    return device.has_wgmma and config.num_warps >= 4 and config.block_n >= 64 and config.block_m >= 128
+    return device.has_wgmma and config.num_warps >= 4 and config.block_n >= 64
+
+
+def _unpacking(problem: Problem, config: Config, device: DeviceRecord) -> float:
+    """Instructions for each weight but for the products and the scaling of sums."""
+    layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
+    if config.steps == layout.block_pieces:
+        return _counted(problem.bits, True, device)["per_weight"] + (WGMMA_OPERANDS if uses_wgmma(config, device) else 0)
+    known = _default(problem, 256, device)
+    fewer = known.num_warps / known.block_n, config.num_warps / config.block_n
+    step = STEP_INSTRUCTIONS * device.warp / (config.steps * layout.piece)
+    return max(1.0, _counted(problem.bits, False, device)["per_weight"] + step * (fewer[1] - fewer[0]))
 
 
 def _counted(bits: int, unrolled: bool, device: DeviceRecord) -> dict[str, float]:

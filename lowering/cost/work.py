@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import sympy
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 SYMBOLS = M, N, K, BITS, GROUP = sympy.symbols("M N K bits group", positive=True)
 """Rows of x; rows and columns of the weight; bits of a code; columns of a group."""
 
-Expression = sympy.Expr | int | float
+Expression: TypeAlias = "sympy.Expr | int | float"
 UNHIDDEN = 1 / 8
 """Of a kernel that unpacks between loading and multiplying. Published rows of such kernels on an H200 lie between 0 and 1/3, those
 of cuBLAS at 0 (tests/test_cost_model.py)."""

@@ -1,1 +1,1 @@
-"""The fastest of a short list of configurations, measured once and remembered."""
+"""The fastest configuration of the Triton kernel for a shape: measured once, kept in a file, found again."""

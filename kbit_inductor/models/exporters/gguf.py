@@ -86,7 +86,7 @@ def _tensors(model: nn.Module, names: Mapping[str, str]) -> list[Outgoing]:
     """All that is written, of tied weights the first."""
     matrices = {f"{layers[0]}.weight": matrix for matrix, layers in packed_matrices(model).items()}
     file_name = {name: key for key, name in names.items()}
-    packed = {name: matrix.packed.laid_out("planes") for name, matrix in matrices.items()}
+    packed = {name: matrix.packed.plain.laid_out("planes") for name, matrix in matrices.items()}
     kinds = {name: None if matrices[name].order is not None else block_type(weight) for name, weight in packed.items()}
     if misfits := [name.removesuffix(".weight") for name, kind in kinds.items() if kind is None]:
         raise UnsavableModelError(
@@ -103,7 +103,7 @@ def _tensors(model: nn.Module, names: Mapping[str, str]) -> list[Outgoing]:
 
 def _packed(name: str, matrix: PackedMatrix, kind: str) -> Outgoing:
     shape = (matrix.rows, matrix.columns // BLOCK * BYTES[kind])
-    return Outgoing(name, kind, shape, lambda: to_blocks(matrix.packed.laid_out("planes"), kind))
+    return Outgoing(name, kind, shape, lambda: to_blocks(matrix.packed.plain.laid_out("planes"), kind))
 
 
 def _plain(name: str, tensor: Tensor) -> Outgoing:

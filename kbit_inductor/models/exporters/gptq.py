@@ -84,14 +84,14 @@ def _fits(module: nn.Module, matrix: PackedMatrix, alike: tuple[int, int]) -> bo
 
 def _scale(matrix: PackedMatrix) -> Tensor:
     """Float64 ``[N, G]``."""
-    _, scale, _, unit, _ = plane_operands(matrix.packed.laid_out("planes").operands, matrix.config)
+    _, scale, _, unit, _ = plane_operands(matrix.packed.plain.laid_out("planes").operands, matrix.config)
     return scale.double().cpu() * unit.cpu()
 
 
 def _packed(matrix: PackedMatrix) -> dict[str, Tensor]:
     """The tensors of a layer by what follows its name."""
     bits, columns = matrix.config.bits, matrix.columns
-    codes = unpack_codes(matrix.packed.laid_out("planes").operands[0].cpu(), columns)
+    codes = unpack_codes(matrix.packed.plain.laid_out("planes").operands[0].cpu(), columns)
     group = (torch.arange(columns) // matrix.group_size).int()
     if matrix.order is not None:
         back = matrix.order.cpu().argsort()

@@ -71,7 +71,7 @@ def from_checkpoint(folder: str | Path, model: Callable[[], nn.Module] | None = 
     folder = Path(folder)
     format, options = _format(folder)
     tensors = Checkpoint(folder)
-    built = _built(folder, model)
+    built = _built(tensors, model)
     left = filling.awaited(built)
     layers = {
         name: module
@@ -127,11 +127,11 @@ def _format(folder: Path) -> tuple[Format, Mapping[str, Any]]:
     return FORMATS[method], options
 
 
-def _built(folder: Path, model: Callable[[], nn.Module] | None) -> nn.Module:
+def _built(tensors: Checkpoint, model: Callable[[], nn.Module] | None) -> nn.Module:
     if model is None:
         from kbit_inductor import huggingface
 
-        return huggingface.checkpoint_skeleton(folder)
+        return huggingface.checkpoint_skeleton(tensors.folder, len(list(tensors)), tensors.nbytes)
     with torch.device("meta"):
         return model().eval().requires_grad_(False)
 

@@ -17,11 +17,13 @@ def word_count(fields: int, bits: int) -> int:
 
 def unpack_fields(words: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` fields of each row of int32 ``words`` ``[R, W]``, as uint8 ``[R, count]``."""
-    data = torch.nn.functional.pad(words.contiguous().view(torch.uint8), (0, 1))
-    first = torch.arange(count) * bits
-    byte = first // 8
-    window = data[:, byte].int() | data[:, byte + 1].int() << 8  # a field lies in two bytes at most
-    return (window >> (first % 8) & (2**bits - 1)).to(torch.uint8)
+    data = words.contiguous().view(torch.uint8)
+    data = torch.nn.functional.pad(data, (0, -data.size(1) % bits)).unflatten(1, (-1, bits))
+    eight = torch.zeros(data.shape[:2], dtype=torch.int64)  # fields, which lie in so many bytes as a field has bits
+    for byte in range(bits):
+        eight |= data[..., byte].long() << (8 * byte)
+    fields = (eight.unsqueeze(-1) >> (bits * torch.arange(8))) & (2**bits - 1)
+    return fields.to(torch.uint8).flatten(1)[:, :count]
 
 
 def pack_fields(values: Tensor, bits: int) -> Tensor:

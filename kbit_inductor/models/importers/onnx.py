@@ -26,6 +26,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.kernels.layout import MAX_BITS, group_count
 from kbit_inductor.logs import logger
 from kbit_inductor.models import filling
+from kbit_inductor.models.damage import PARSING_ERRORS
 from kbit_inductor.models.importers.coded import CodedWeight
 from kbit_inductor.models.importers.fields import unpack_fields
 
@@ -85,9 +86,13 @@ def _opened(path: Path) -> Any:
     if not path.is_file():
         raise NotAModelFileError(f"{path} is no file; give a file of ONNX")
     try:
-        return onnx.load(str(path))
-    except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
+        model = onnx.load(str(path))
+    except (DecodeError, onnx.checker.ValidationError, *PARSING_ERRORS) as error:
         raise NotAModelFileError(f"{path} is no file of ONNX, or is damaged ({error}); copy it anew") from error
+    named = (text for item in (*model.graph.initializer, *model.graph.node) for text in (item.name, *getattr(item, "input", ())))
+    if not all(isinstance(text, str) for text in named):  # protobuf gives what is no text as bytes
+        raise NotAModelFileError(f"{path} is damaged: a name in it is no text; copy it anew")
+    return model
 
 
 def _layer(node: Any, model: nn.Module) -> str:
@@ -163,5 +168,5 @@ def _values(tensor: Any) -> Tensor:
 
     try:
         return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except PARSING_ERRORS as error:
         raise CorruptModelError(f"tensor {tensor.name!r} is damaged ({error}); export the model anew") from error

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kbit_inductor.errors import CorruptModelError, NotAModelFolderError
+from kbit_inductor.models.damage import PARSING_ERRORS
 
 MOST_JSON_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
@@ -29,7 +30,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
+        self.nbytes = 0
         for file in self._files():
+            self.nbytes += file.stat().st_size if file.is_file() else 0
             for name in self._opened(file, lambda opened: list(opened.keys())):
                 self._file_of[name] = file
 
@@ -64,7 +67,7 @@ class Checkpoint:
         try:
             with safe_open(file, framework="pt") as opened:
                 return use(opened)
-        except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        except (SafetensorError, *PARSING_ERRORS) as error:
             raise CorruptModelError(f"{file} is damaged or missing ({error}); copy it anew") from error
 
 

@@ -1,0 +1,334 @@
+"""The autotuner on simulated GPUs: tables in files, limits of time, several devices, and the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated_gpu import simulate
+from typer.testing import CliRunner
+
+import kbit_inductor as kbit
+from kbit_inductor import tuning
+from kbit_inductor.cli import app as commands
+from kbit_inductor.cli import tune as command_tune
+from kbit_inductor.kernels.triton.config import Config
+from kbit_inductor.lowering import gpu
+from kbit_inductor.lowering.cost import measure
+from kbit_inductor.lowering.cost.device import find
+from kbit_inductor.lowering.cost.short_list import LENGTH, candidates, short_list
+from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.lowering.registry import KERNELS, Choice
+from kbit_inductor.lowering.tuner import gpu_timer, key, lookup
+from kbit_inductor.lowering.tuner.key import Place, bucket, shape_key
+from kbit_inductor.lowering.tuner.store import SHIPPED, Store, user_store
+from kbit_inductor.lowering.tuner.table import Table, TableError
+from kbit_inductor.lowering.tuner.tune import DoesNotFit, tune
+from kbit_inductor.packing import pack
+
+HERE = Place("NVIDIA H200", "0123")
+ONE, TWO, THREE = (Config(8, 32, 4, split_k=split) for split in (1, 2, 3))
+PROBLEM = Problem("linear", "cuda", torch.float16, 1024, 2048, 4, 128)
+GPUS = ("H200", "L4")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "tuning", tmp_path / "shipped")
+
+
+def test_what_is_added_is_found_again_by_another_process(store: Store) -> None:
+    store.add(Table(HERE, {"a": {ONE: 2e-5, TWO: float("inf")}}))
+    store.add(Table(HERE, {"a": {THREE: 1e-5}, "b": {TWO: 1e-6}}))
+    again = Store(store.folder, store.shipped).table(HERE)
+    assert again.shapes == {"a": {ONE: 2e-5, TWO: float("inf"), THREE: 1e-5}, "b": {TWO: 1e-6}}
+    assert (again.best("a"), again.best("b"), again.best("c")) == (THREE, TWO, None)
+    for other in (Place("NVIDIA H200", "4567"), Place("NVIDIA L4", "0123"), Place("NVIDIA-H200", "0123")):
+        assert store.table(other).shapes == {}
+
+
+def test_times_of_the_package_are_there_and_those_of_the_user_win(store: Store) -> None:
+    store.shipped.mkdir()
+    Table(HERE, {"a": {ONE: 2.0, TWO: 1.0}, "b": {ONE: 1.0}}).write(store.shipped / HERE.file_name)
+    assert store.table(HERE).best("a") == TWO
+    store.add(Table(HERE, {"a": {TWO: 3.0}}))
+    assert (store.table(HERE).best("a"), store.table(HERE).best("b")) == (ONE, ONE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 2}', b'{"format": 1, "device": "d", "source": "s", "shapes": {"a": [{}]}}'],
+)
+def test_a_damaged_file_is_set_aside_and_told_once(store: Store, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store.folder.mkdir()
+    path = store.folder / HERE.file_name
+    path.write_bytes(content)
+    for _ in range(2):
+        assert store.table(HERE).shapes == {}
+    assert len(caplog.records) == 1 and path.name in caplog.text
+    (aside,) = store.folder.glob("*.damaged-*")
+    assert aside.read_bytes() == content
+    store.add(Table(HERE, {"a": {ONE: 1.0}}))
+    assert store.table(HERE).best("a") == ONE
+
+
+@given(
+    text=st.text()
+    | st.recursive(st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(json.dumps)
+)
+def test_any_text_is_a_table_or_an_error(text: str) -> None:
+    with pytest.raises(TableError):
+        Table.loads(text)
+
+
+def _add_many(folder: Path, process: int) -> None:
+    store = Store(folder, folder)
+    for i in range(20):
+        store.add(Table(HERE, {f"{process}-{i}": {ONE: 1.0}}))
+
+
+def test_two_processes_write_at_once(store: Store) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_add_many, args=(store.folder, number)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert set(store.table(HERE).shapes) == {f"{process}-{i}" for process in range(2) for i in range(20)}
+    assert [path.suffix for path in store.folder.iterdir() if path.suffix != ".lock"] == [".json"]
+
+
+def test_an_interrupted_write_leaves_the_old_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(Table(HERE, {"a": {ONE: 1.0}}))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.add(Table(HERE, {"a": {ONE: 5.0}}))
+    assert store.table(HERE).shapes == {"a": {ONE: 1.0}}
+    assert len([path for path in store.folder.iterdir() if path.suffix != ".lock"]) == 1
+
+
+def test_where_nothing_can_be_written_times_stay_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "tuning", tmp_path)
+    for shape in ("a", "b"):
+        store.add(Table(HERE, {shape: {ONE: 1.0}}))
+    assert (store.table(HERE).best("a"), store.table(HERE).best("b")) == (ONE, ONE)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] and "KBIT_CACHE_DIR" in caplog.text
+
+
+class Stopwatch:
+    """A clock that timing a configuration advances."""
+
+    def __init__(self, each: float) -> None:
+        self.now, self.each, self.timed = 100.0, each, list[Config]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def timer(self, config: Config) -> float:
+        self.now += self.each
+        self.timed.append(config)
+        return 1.0 / config.split_k
+
+
+@given(each=st.floats(0.01, 5), limit=st.floats(0.1, 5), count=st.integers(1, 8))
+def test_tuning_ends_in_time(each: float, limit: float, count: int) -> None:
+    clock = Stopwatch(each)
+    configs = [Config(8, 32, 4, split_k=split) for split in range(1, count + 1)]
+    tuned = tune(configs, clock.timer, limit=limit, clock=clock)
+    assert clock.now - 100 <= max(limit, each) * (1 + 1e-9)
+    assert list(tuned.times) == clock.timed == configs[: len(clock.timed)] != []
+    assert tuned.complete == (len(clock.timed) == count)
+    rest = tune(configs, clock.timer, tuned.times, limit=float("inf"), clock=clock)
+    assert rest.complete and clock.timed == configs  # what is known is not timed again
+
+
+def test_what_does_not_fit_is_dropped_and_an_interrupt_keeps_the_rest() -> None:
+    def timer(config: Config) -> float:
+        if config == ONE:
+            raise DoesNotFit("out of shared memory")
+        if config == THREE:
+            raise KeyboardInterrupt
+        return 1.0
+
+    tuned = tune([ONE, TWO, THREE], timer)
+    assert tuned.times == {ONE: float("inf"), TWO: 1.0}
+    assert tuned.dropped == ((ONE, "out of shared memory"),)
+    assert tuned.interrupted and not tuned.complete
+    assert Table(HERE, {"a": {ONE: float("inf")}}).best("a") is None
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[str, Config]]]:
+    """A machine with two simulated GPUs of different kinds; gives what is timed on which."""
+    timed: list[tuple[str, Config]] = []
+
+    def record_of(device: torch.device) -> object:
+        return find(GPUS[device.index])
+
+    def timer_of(problem: Problem, m: int, device: torch.device) -> Callable[[Config], float]:
+        def timer(config: Config) -> float:
+            timed.append((GPUS[device.index], config))
+            return simulate(problem, m, config, record_of(device))
+
+        return timer
+
+    monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path))
+    for module in (tuning, command_tune):
+        monkeypatch.setattr(module, "gpu_of", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(lookup, "place_of", lambda device: Place(GPUS[device.index], key.source_hash()))
+    monkeypatch.setattr(measure, "record_of", record_of)
+    monkeypatch.setattr(gpu_timer, "gpu_timer", timer_of)
+    monkeypatch.setattr(tuning, "choose", lambda problem: Choice(TRITON, ()))
+    lookup.forget()
+    yield timed
+    lookup.forget()
+
+
+(TRITON,) = (kernel for kernel in KERNELS if kernel.name == "triton")
+FIRST, SECOND = (torch.device("cuda", index) for index in range(2))
+
+
+def test_each_gpu_of_a_process_has_times_of_its_own(machine: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lookup.config_for(PROBLEM, 1, FIRST) is None and machine == []
+    lookup.forget()
+    monkeypatch.setenv("KBIT_TUNE", "1")
+    chosen = [lookup.config_for(PROBLEM, 3, device) for device in (FIRST, SECOND)]
+    for name, config in zip(GPUS, chosen, strict=True):
+        record = find(name)
+        assert record is not None
+        listed = [each.config for each in short_list(PROBLEM, 4, record)]
+        assert [each for gpu, each in machine if gpu == name] == listed and len(listed) == LENGTH
+        assert config == min(listed, key=lambda each: simulate(PROBLEM, 4, each, record))
+    assert len(machine) == 2 * LENGTH
+    assert lookup.config_for(PROBLEM, 4, FIRST) == chosen[0] and len(machine) == 2 * LENGTH  # of the same bucket
+    lookup.forget()
+    monkeypatch.delenv("KBIT_TUNE")
+    assert lookup.config_for(PROBLEM, 3, SECOND) == chosen[1] and len(machine) == 2 * LENGTH  # from the file
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(machine: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KBIT_TUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert lookup.config_for(PROBLEM, 1, FIRST) is None and machine == []
+
+
+def test_a_launch_takes_the_tuned_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("kbit_inductor.kernels.triton.linear", reason="Triton is not installed")
+    launched, asked = [], []
+
+    def config_for(problem: Problem, m: int, device: torch.device) -> Config:
+        asked.append((problem, m))
+        return TWO
+
+    monkeypatch.setattr(gpu, "config_for", config_for)
+    monkeypatch.setattr(module, "linear", lambda *operands: launched.append(operands[-1]))
+    config = kbit.LayerConfig(bits=3, group_size=32, symmetric=True)
+    operands = pack(torch.randn(24, 64), config, layout="words").operands
+    words, scale, one = operands
+    gpu._linear(torch.randn(2, 5, 64).half(), words, scale, None, one, None, 3, 32)
+    assert launched == [TWO]
+    assert asked == [(Problem("linear", "cuda", torch.float16, 24, 64, 3, 32, symmetric=True), 10)]
+
+
+@given(m=st.integers(0, 10**6))
+def test_a_bucket_is_the_next_power_of_two(m: int) -> None:
+    assert max(m, 1) <= bucket(m) < 2 * max(m, 1) and bucket(bucket(m)) == bucket(m)
+
+
+def test_shapes_have_names_of_their_own() -> None:
+    others = [{"rows": 8}, {"columns": 64}, {"bits": 3}, {"group_size": 32}, {"uniform": False}, {"symmetric": True},
+              {"dtype": torch.bfloat16}, {"activation_bits": 8}]  # fmt: skip
+    problems = [PROBLEM, *(Problem(**{**vars(PROBLEM), **other}) for other in others)]
+    keys = {shape_key(problem, m): (problem, bucket(m)) for problem in problems for m in (1, 2, 3)}
+    assert len(keys) == 3 * len(problems)
+    assert {shape: key.problem_of(shape) for shape in keys} == keys
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(300, 64), torch.nn.Linear(64, 320)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids))
+
+
+def command(*arguments: object) -> tuple[int, dict[str, object]]:
+    result = CliRunner().invoke(commands.app, ["tune", *map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_the_command_measures_a_model_and_its_times_travel(
+    machine: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command_tune, "open_model", lambda _: Tiny().eval())
+    out = tmp_path / "out"
+    code, found = command("model", "-o", "bits=3", "--rows", 1, "--rows", 16, "--device", "cuda:1", "--export", out)
+    assert code == 0 and found["exported_files"] == 1
+    assert [done["shape"] for done in found["shapes"]] == [f"bfloat16-3bit-g64-n320-k64-m{m}" for m in (1, 16)]
+    assert all(done["complete"] and done["seconds"] > 0 for done in found["shapes"])
+    monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path / "elsewhere"))
+    assert command("--import", out) == (0, {"imported_shapes": 2, "shapes": []})
+    problem = Problem("linear", "cuda", torch.bfloat16, 320, 64, 3, 64)
+    assert lookup.config_for(problem, 16, SECOND) is not None and lookup.config_for(problem, 16, FIRST) is None
+
+
+def test_an_interrupted_command_keeps_what_it_has(
+    machine: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command_tune, "open_model", lambda _: Tiny().eval())
+
+    def timer_of(*_: object) -> Callable[[Config], float]:
+        calls = iter([1.0, 2.0])
+
+        def timer(config: Config) -> float:
+            for seconds in calls:
+                return seconds
+            raise KeyboardInterrupt
+
+        return timer
+
+    monkeypatch.setattr(gpu_timer, "gpu_timer", timer_of)
+    code, found = command("model", "--device", "cuda:0")
+    assert code == 130 and [(done["tried"], done["interrupted"]) for done in found["shapes"]] == [(2, True)]
+    (table,) = user_store().tables()
+    assert [list(times.values()) for times in table.shapes.values()] == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [([], "nothing to do"), (["model"], "none of the 0 that torch finds"), (["model", "--device", "cpu"], "'cpu' is none"),
+     (["--import", "nowhere.json"], "cannot be imported"), (["model", "--dtype", "int8"], "'dtype'")],
+)  # fmt: skip
+def test_mistakes_are_told(arguments: list[str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, found = command(*arguments)
+    assert code == 1 and kind in str(found["error"])
+
+
+def test_the_recorded_best_is_in_the_short_list() -> None:
+    """On times of real GPUs, measured by ``kbit tune --exhaustive`` and shipped."""
+    tables = [Table.read(path) for path in SHIPPED.glob("*.json")]
+    if not tables:
+        pytest.skip("no table of a GPU has been recorded yet")
+    for table in tables:
+        record = find(table.place.device)
+        assert record is not None
+        for shape, times in table.shapes.items():
+            problem, m = key.problem_of(shape)
+            if set(times) >= set(candidates(problem, m, record)):
+                assert table.best(shape) in [each.config for each in short_list(problem, m, record)], shape
