@@ -27,12 +27,12 @@ def draw(rows: Sequence[Row], laws: Sequence[Law]) -> Any:
         floats = sorted((row.total_bits / 1e6, np.exp(np.mean(row.loss))) for row in rows if row.bits is None)
         axes.plot(*zip(*floats, strict=True), "k^:", markersize=5, linewidth=0.8, label="float16")
         axes.set_title(law.format, pad=16)  # above the best bits
-        axes.set(xlabel="total Mbit, scales included", xscale="log", yscale="log")
+        axes.set(xlabel="total Mbit, scales included; curves: the law, dashed beyond the largest", xscale="log", yscale="log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend(frameon=False, fontsize=8)
-    figure.axes[0].set_ylabel("perplexity (curves: the fitted law, dashed where extrapolated)")
+    figure.axes[0].set_ylabel("perplexity")
     return figure
 
 
