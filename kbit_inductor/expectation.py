@@ -9,11 +9,12 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kbit_inductor._compat import hint
+from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.kernel_registry import kernels
 from kbit_inductor.lowering.problem import Problem
@@ -64,14 +65,17 @@ class Clock:
         if device is not None:
             device_record(device)  # told before anything runs
 
-    def times(self, uses: Iterable[tuple[Problem | None, Rows]], on: torch.device | None = None) -> tuple[Expectation, ...]:
+    def times(
+        self, uses: Iterable[tuple[Problem | None, Rows]], config: LayerConfig, on: torch.device | None = None
+    ) -> tuple[Expectation, ...]:
         """Of ``uses`` of a weight that is ``on`` some device, those that the cost model knows: not of a batch of matrices."""
         device = self._device or (on if on is not None and on.type == "cuda" else None)
         if device is None:
             return ()
         record = device_record(device)
+        there: dict[str, Any] = {"device": record.type, "activation_bits": config.activation_bits_on(record.type)}
         return tuple(
-            _expected(dataclasses.replace(problem, device=record.type), _number(m), record, kernels())
+            _expected(dataclasses.replace(problem, **there), _number(m), record, kernels())
             for problem, m in uses
             if problem is not None and problem.family in MATRIX_FAMILIES and problem.rows * problem.columns
         )

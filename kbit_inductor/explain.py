@@ -250,7 +250,9 @@ def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tenso
         error=packed.error,
         kernels=tuple(choice.kernel.name for _, choice in uses),
         rejected=dict(uses[0][1].rejected),
-        expected=clock.times([(choice.problem, use.m) for use, choice in uses], weight.device),
+        expected=clock.times(
+            [(choice.problem, use.m) for use, choice in uses], first.weight.config or slot.form.config, weight.device
+        ),
     )
 
 
@@ -269,7 +271,9 @@ def _packed_before(model: Any, clock: Clock) -> list[LayerReport]:
             " = ".join(names[matrix]), tuple(matrix.shape), True, ("packed by quantize_",), tuple(uses[matrix]), matrix.config,
             math.prod(matrix.shape) * matrix.dtype.itemsize, matrix.packed.nbytes, matrix.error,
             (matrix.kernel,) * len(uses[matrix]), dict(matrix.rejected),
-            clock.times([(dataclasses.replace(matrix.problem, family=use), None) for use in uses[matrix]], matrix.device),
+            clock.times(
+                [(dataclasses.replace(matrix.problem, family=use), None) for use in uses[matrix]], matrix.config, matrix.device
+            ),
         )
         for matrix in names
     ]  # fmt: skip

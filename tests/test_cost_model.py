@@ -18,7 +18,7 @@ from simulated_gpu import LUCK, simulate
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor.kernels.triton.config import Config, default_config
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config, default_config
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost import products, triton_linear
 from kbit_inductor.lowering.cost.crossover import crossovers
@@ -146,7 +146,7 @@ def test_a_range_table_has_the_fastest_at_every_m() -> None:
         lambda asked, _: [products.bound(products.UNPACKED_PRODUCT, asked)],
     )
     refused = Kernel("refused", "_x", lambda _: "no", lambda _: 0.0)
-    asked = problem(4)
+    asked = problem(4, dtype=torch.float32)  # of 16 bits, the Triton kernel itself unpacks from many rows on
     table = range_table([TRITON, unpacked, refused], asked, H200)
     assert table.names == ("triton", "unpacked") and 64 < table.starts[1] < 4096
     for m in (1, 2, 63, table.starts[1] - 1, table.starts[1], 8192):
@@ -154,6 +154,12 @@ def test_a_range_table_has_the_fastest_at_every_m() -> None:
         assert table.at(m) == ("triton" if first <= second else "unpacked")
     assert table.at(0) == "triton" and table.at(10**6) == "unpacked"
     assert str(table) == f"M 1..{table.starts[1] - 1}: triton, M >= {table.starts[1]}: unpacked"
+
+
+def test_the_triton_kernel_unpacks_where_its_rule_says() -> None:
+    alone = [work for work in triton_linear.works(problem(4), H200) if "least_rows" not in dict(work.values)]
+    for m, way in ((FLOAT_ROWS - 1, alone), (4 * FLOAT_ROWS, [products.bound(products.UNPACKED_PRODUCT, problem(4))])):
+        assert expected(TRITON, problem(4), H200, m) == estimate(way, H200, m)
 
 
 def test_a_kernel_without_an_expression_takes_its_cost() -> None:

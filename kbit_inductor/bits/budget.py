@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from kbit_inductor.bits.units import Unit
-from kbit_inductor.config import Config
+from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import BudgetError
 from kbit_inductor.expectation import Clock
 from kbit_inductor.lowering.problem import Problem
@@ -60,7 +60,7 @@ class Budget:
 
 def seconds(unit: Unit, bits: int) -> float:
     """The expected time of a unit's products for one row of x, on the device that its weights are on."""
-    return sum(_seconds(_problem(unit, weight, bits), str(weight.device)) for weight in unit.weights)
+    return sum(_seconds(_problem(unit, weight, bits), unit.config, str(weight.device)) for weight in unit.weights)
 
 
 def _problem(unit: Unit, weight: Tensor, bits: int) -> Problem:
@@ -69,10 +69,10 @@ def _problem(unit: Unit, weight: Tensor, bits: int) -> Problem:
     layer = unit.config
     return Problem(
         family, weight.device.type, weight.dtype, rows, columns, bits, layer.group_columns(columns), layer.codebook == "uniform",
-        layer.activation_bits_on_cpu(), layer.symmetric, weight.device.index or 0,
+        symmetric=layer.symmetric, device_index=weight.device.index or 0,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)  # the layers of a model have few shapes
-def _seconds(problem: Problem, device: str) -> float:
-    return sum(each.seconds for each in Clock(device).times([(problem, 1)]))
+def _seconds(problem: Problem, config: LayerConfig, device: str) -> float:
+    return sum(each.seconds for each in Clock(device).times([(problem, 1)], config))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import sympy
@@ -13,7 +14,7 @@ from kbit_inductor.lowering.cost.device import DeviceRecord
 from kbit_inductor.lowering.cost.work import BITS, GROUP, K, M, N, Work
 from kbit_inductor.lowering.problem import Problem
 
-A, S, UNPACKING = sympy.symbols("A S unpacking", positive=True)
+A, S, UNPACKING, LEAST_ROWS = sympy.symbols("A S unpacking least_rows", positive=True)
 SCALES = 4  # bytes of a float16 scale and offset
 
 PACKED = N * K * BITS / 8 + N * sympy.ceiling(K / GROUP) * S
@@ -25,13 +26,10 @@ ROOFLINE = Work(bytes=PACKED + ACTIVATIONS, products=2 * M * N * K, launches=0, 
 """What no kernel can do without: every byte once, every product once (Williams et al., "Roofline", 2009)."""
 FLOAT_PRODUCT = Work(bytes=A * N * K + ACTIVATIONS, products=2 * N * K * 16 * sympy.ceiling(M / 16), unhidden=0)
 """``x @ W.T`` in float by a library, whose instructions take rows of x by 16."""
-UNPACKED_PRODUCT = Work(
-    bytes=PACKED + 2 * A * N * K + ACTIVATIONS,
-    products=2 * M * N * K,
-    instructions=4 * N * K,
-    launches=2,
-)
+UNPACKED_PRODUCT = Work(bytes=PACKED + A * N * K, instructions=4 * N * K, then=FLOAT_PRODUCT)
 """The weight unpacked to float in memory, then :data:`FLOAT_PRODUCT`. Unpacking takes about four instructions for each weight."""
+UNPACKED_FROM = dataclasses.replace(UNPACKED_PRODUCT, launches=sympy.Piecewise((1, LEAST_ROWS <= M), (sympy.oo, True)))
+"""The same, of a kernel that does so from some number of rows on."""
 REFERENCE = Work(bytes=PACKED + N * K * (1 + 1 + 4 * 6) + ACTIVATIONS, products=2 * M * N * K, launches=8)
 """In plain PyTorch: codes are spread to bytes, turned into floats, scaled, and read by the product: each a pass over memory."""
 CPU_PRODUCT = Work(bytes=PACKED + ACTIVATIONS, instructions=N * K * (UNPACKING + M))

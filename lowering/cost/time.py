@@ -45,13 +45,18 @@ class Estimate:
 
 def seconds(work: Work, device: DeviceRecord, m: ArrayLike) -> Any:
     """The time for ``m`` rows of x, one or an array of them."""
-    return _total(_parts(work, device, m), work.unhidden)
+    own = _total(_parts(work, device, m), work.unhidden)
+    return own if work.then is None else own + seconds(work.then, device, m)
 
 
 def estimate(works: Sequence[Work], device: DeviceRecord, m: int) -> Estimate:
     """The time of the fastest of several ways to do the same."""
     best = min(works, key=lambda work: float(seconds(work, device, m)))
-    parts = {name: float(part) for name, part in _parts(best, device, m).items()}
+    parts = dict.fromkeys((*BOUNDS, "launch"), 0.0)
+    kernel: Work | None = best
+    while kernel is not None:
+        parts = {name: parts[name] + float(part) for name, part in _parts(kernel, device, m).items()}
+        kernel = kernel.then
     return Estimate(float(seconds(best, device, m)), max(parts, key=lambda name: parts[name]), tuple(parts.items()))
 
 

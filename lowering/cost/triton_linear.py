@@ -18,10 +18,10 @@ import sympy
 import torch
 
 from kbit_inductor.kernels.layout import MAX_BITS
-from kbit_inductor.kernels.triton.config import Config, Device, default_config
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config, Device, default_config
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost.device import DeviceRecord
-from kbit_inductor.lowering.cost.products import ACTIVATIONS, LOOKUP, PACKED, A, bound
+from kbit_inductor.lowering.cost.products import ACTIVATIONS, LOOKUP, PACKED, UNPACKED_FROM, A, bound
 from kbit_inductor.lowering.cost.work import BITS, K, M, N, Work
 from kbit_inductor.lowering.problem import Problem
 
@@ -159,8 +159,14 @@ def _digits(problem: Problem) -> int:
 
 
 def works(problem: Problem, device: DeviceRecord) -> list[Work]:
-    """The kernel with each of its default configurations: the fastest is what is launched."""
+    """The kernel with each of its default configurations, and from many rows on the weight unpacked for a float product.
+
+    The fastest is what is taken to be launched. Rounded activations are taken for such of 16 bits.
+    """
     if problem.family == "embedding":
         return [bound(LOOKUP, problem)]
     configs = dict.fromkeys(_default(problem, m, device) for m in REPRESENTATIVE_ROWS)
-    return [linear(problem, config, device) for config in configs]
+    ways = [linear(problem, config, device) for config in configs]
+    if problem.dtype.itemsize == 2:
+        ways.append(bound(UNPACKED_FROM, problem).at(least_rows=FLOAT_ROWS))
+    return ways

@@ -55,6 +55,7 @@ class Work:
         in_flight: bytes that a program has asked memory for and not received. 0: enough.
         unhidden: share of the time of what is not the bound that is not hidden behind it, see :data:`UNHIDDEN`.
         values: numbers for symbols, by name.
+        then: the work of a kernel that begins when this one has ended.
     """
 
     bytes: Expression
@@ -68,10 +69,12 @@ class Work:
     in_flight: Expression = 0
     unhidden: float = UNHIDDEN
     values: tuple[tuple[str, float], ...] = ()
+    then: Work | None = None
 
     def at(self, **values: float) -> Work:
         """This work with numbers for more symbols. None is substituted, so this takes no time."""
-        return dataclasses.replace(self, values=tuple({**dict(self.values), **values}.items()))
+        then = None if self.then is None else self.then.at(**values)
+        return dataclasses.replace(self, values=tuple({**dict(self.values), **values}.items()), then=then)
 
     def expressions(self) -> dict[str, sympy.Expr]:
         """The expressions by name, with the numbers substituted: for people."""

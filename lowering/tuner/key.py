@@ -14,8 +14,8 @@ import torch
 import kbit_inductor.kernels as kernels
 from kbit_inductor.lowering.problem import Problem
 
-SOURCES = ("words.py", "layout.py", "triton/linear.py", "triton/unpack.py", "triton/epilogue.py")
-"""Files whose change may change a kernel's speed. The rule for the default configuration is not among them."""
+SHARED = ("words.py", "layout.py")
+RULE = "config.py"  # for the default configuration: what was measured holds whatever it says
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ def source_hash() -> str:
     """Of the kernel's sources and Triton's version: times of another kernel are none of this one."""
     folder = Path(kernels.__file__).parent
     digest = hashlib.sha256(_triton_version().encode())
-    for name in SOURCES:
-        digest.update((folder / name).read_bytes())
+    for path in (*(folder / name for name in SHARED), *sorted((folder / "triton").glob("*.py"))):
+        if path.name != RULE:
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
