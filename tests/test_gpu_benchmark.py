@@ -112,7 +112,7 @@ def test_nothing_is_timed_when_a_test_fails(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(suite, "run", lambda session: False)
     file = tmp_path / "gpu.json"
     assert run.main(["--rehearse", "--json", str(file), "--picture", str(tmp_path / "x.png")]) == 1
-    assert set(json.loads(file.read_text())) == {"rehearsal", "machine", "tests", "seconds"}
+    assert set(json.loads(file.read_text())) == {"rehearsal", "tuned", "machine", "tests", "seconds"}
 
 
 def test_reports_of_tests_are_read(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def _session(options: argparse.Namespace, console: Console) -> Session:
     device = torch.device("cpu" if options.rehearse else "cuda:0")
     begun = time.monotonic()
     session = Session(device, RehearsalClock() if options.rehearse else CudaClock(), options.json, begun + 60 * options.minutes)
-    session.note(rehearsal=session.rehearsal, machine=machine.describe(device), begun=begun)
+    if options.tune:
+        os.environ["KBIT_TUNE"] = "1"
+    session.note(rehearsal=session.rehearsal, tuned=options.tune, machine=machine.describe(device), begun=begun)
     return session
 
 
@@ -116,6 +118,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes and without a clock")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for all parts together (default: {MINUTES:g})")
     parser.add_argument("--only", type=_parts, default=list(SHARES), help=f"parts to run, of {','.join(SHARES)}")
+    parser.add_argument("--tune", action="store_true", help="tune each shape at its first launch, two seconds each")
     parser.add_argument("--json", type=Path, help="file of the results (default: benchmarks/results/gpu.json)")
     parser.add_argument("--picture", type=Path, help="the heat map (default: docs/gpu-layers.png)")
     options = parser.parse_args(arguments)

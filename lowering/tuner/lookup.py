@@ -23,7 +23,9 @@ log = logging.getLogger("kbit_inductor.kernels")
 
 
 def config_for(problem: Problem, m: int, device: torch.device) -> Config | None:
-    """The fastest configuration known for ``m`` rows of x on a GPU; None where none was measured."""
+    """The fastest configuration known for ``m`` rows of x on a GPU; None where none was measured, as by an interpreter on a CPU."""
+    if device.type != "cuda":
+        return None
     measure = os.environ.get("KBIT_TUNE", "0") not in ("", "0") and not torch.cuda.is_current_stream_capturing()
     return _config_for(problem, bucket(m), device, measure)
 
