@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import kbit_inductor as kbit
 from kbit_inductor.models.gguf_blocks import TYPES, packed_of
+from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.packing import PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,6 +38,11 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(COLUMNS, ROWS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` through it."""
+        y: Tensor = self.fc(x)
+        return y
 
 
 def row(name: str, source: str, theirs: Tensor, nbytes: int, packed: PackedWeight) -> Row:
@@ -190,6 +196,22 @@ def torchao() -> Iterator[Row]:
         yield row(name, version("torchao"), theirs, nbytes, kbit.from_torchao(model).fc.weight.packed.laid_out("planes"))
 
 
+def pt2e() -> Iterator[Row]:
+    """A graph that torchao has quantized for x86."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    x = torch.randn(4, COLUMNS)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(Layer().eval(), (x,)).module(), quantizer)
+    prepared(x)
+    model = convert_pt2e(prepared)
+    theirs = model._frozen_param0.double() * model._scale_0.double()[:, None]
+    nbytes = model._frozen_param0.nbytes + model._scale_0.nbytes + model._zero_point_0.nbytes
+    (matrix,) = (module for module in kbit.from_pt2e(model).modules() if isinstance(module, PackedMatrix))
+    yield row("PT2E int8", version("torchao"), theirs, nbytes, matrix.packed.laid_out("planes"))
+
+
 def onnx() -> Iterator[Row]:
     """MatMulNBits as ONNX Runtime's quantizer writes it and its session computes it."""
     import onnx
@@ -214,7 +236,7 @@ def onnx() -> Iterator[Row]:
         yield row(f"ONNX MatMulNBits {bits} bits", version("onnxruntime"), theirs, nbytes, packed)
 
 
-FORMATS: tuple[Callable[[], Iterator[Row]], ...] = (gguf, gptq, awq, compressed_tensors, bitsandbytes, hqq, torchao, onnx)
+FORMATS: tuple[Callable[[], Iterator[Row]], ...] = (gguf, gptq, awq, compressed_tensors, bitsandbytes, hqq, torchao, pt2e, onnx)
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -65,6 +65,7 @@ from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.gguf_model import from_gguf
 from kbit_inductor.models.importers.checkpoint import from_checkpoint
 from kbit_inductor.models.importers.onnx import from_onnx
+from kbit_inductor.models.importers.pt2e import from_pt2e
 from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
@@ -140,6 +141,7 @@ __all__ = [
     "from_checkpoint",
     "from_gguf",
     "from_onnx",
+    "from_pt2e",
     "from_torchao",
     "generate",
     "init_lora_",

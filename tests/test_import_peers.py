@@ -14,6 +14,7 @@ from packed_files import HALF, Model, imported, write
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
+from kbit_inductor.models.modules import PackedMatrix
 
 ROWS, COLUMNS, GROUP = 64, 128, 32
 NOT_HERE = "what writes such files is not installed"
@@ -166,6 +167,23 @@ def test_a_torchao_tensor_of_one_kernel_is_named() -> None:
     model.fc.weight = nn.Parameter(Int4Tensor(packed, grid, grid, [1, GROUP], torch.Size([ROWS, COLUMNS])), requires_grad=False)
     with pytest.raises(kbit.UnsupportedFormatError, match="layer 'fc' has a Int4Tensor"):
         kbit.from_torchao(model)
+
+
+def test_pt2e() -> None:
+    quantize = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason=NOT_HERE)
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", reason=NOT_HERE)
+    x = torch.randn(4, COLUMNS)
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = quantize.prepare_pt2e(torch.export.export(Model(ROWS, COLUMNS).eval(), (x,)).module(), quantizer)
+    prepared(x)
+    model = quantize.convert_pt2e(prepared)
+    wanted = model(x)
+    theirs = model._frozen_param0.double() * model._scale_0.double()[:, None]
+    kbit.from_pt2e(model)
+    (matrix,) = (module for module in model.modules() if isinstance(module, PackedMatrix))
+    assert bool(((matrix.packed.dequantize(torch.float64) - theirs).abs() <= theirs.abs() * HALF).all())
+    torch.testing.assert_close(model(x), wanted, atol=float(theirs.abs().sum(1).max() * x.abs().max()) * HALF, rtol=0)
+    assert [name for name, _ in model.named_parameters()] == ["fc.bias"] and not hasattr(model, "_frozen_param0")
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
