@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kbit_inductor as kbit
+from kbit_inductor import backend
 from kbit_inductor.testing import assert_equivalent, dequantized_copy, relative_error
 from kbit_inductor.testing.rewriting import rewrite
 
@@ -62,3 +63,13 @@ def test_what_stays_in_float_says_why(layer: nn.Module, reason: str) -> None:
     (report,) = kbit.explain(nn.Sequential(layer).eval(), torch.randn(1, 6, 5, 5), config={"min_elements": 0}).layers
     assert not report.matched
     assert reason in report.reasons[0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_the_result_is_laid_out_as_in_eager(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3)).eval().to(memory_format=memory_format)
+    x = torch.randn(2, 8, 5, 7).to(memory_format=memory_format)
+    compiled = torch.compile(model, backend="kbit", options=CONFIG)(x)
+    assert compiled.stride() == model(x).stride()

@@ -56,6 +56,23 @@ class Rewriter:
             created.meta[VALUE] = call_fake(self.context, created)
         return created
 
+    def permuted(self, product: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+        """``product`` with its dimensions in another order, the result of the matched node and laid out as that one's is.
+
+        What follows may be a view that no other layout allows.
+        """
+        result: Tensor = self.node.meta[VALUE]
+        with self.context.fake_mode():
+            plain = torch.empty(result.shape)
+            ours = torch.empty([result.shape[dims.index(dim)] for dim in range(len(dims))]).permute(dims)
+        permuted = self.call(aten.permute.default, product, list(dims))
+        # As strings: no guard on symbolic sizes.
+        if str(result.stride()) == str(ours.stride()) or str(result.stride()) != str(plain.stride()):
+            return permuted
+        copied = self.call(aten.clone.default, permuted)
+        copied.kwargs = {"memory_format": torch.contiguous_format}
+        return copied
+
     def linear(self, x: Any, matrix: fx.Node, window: Strides, bias: Any = None) -> fx.Node:
         """``x @ matrix.T + bias`` where ``window`` says where the ``[N, K]`` matrix lies in the memory of node ``matrix``."""
         weight, view, memory, _ = located(self.context, matrix)
