@@ -52,6 +52,22 @@ def test_patches_and_a_grouped_convolution_through_inductor(dynamic: bool) -> No
     assert relative_error(actual, dequantized_copy(model)(x)) < 72 * 2 * 2.0**-24  # terms of a product, two of them
 
 
+@torch.no_grad()
+def test_no_size_is_guarded() -> None:
+    graphs = []
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
+
+    def count(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        backend.capture(gm, inputs, kbit.Config(min_elements=0))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=count, dynamic=True)
+    for size in ((2, 6, 7), (3, 8, 9), (5, 11, 6)):
+        compiled(torch.randn(size[0], 8, *size[1:]))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [

@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
     "image_size": IMAGE, "patch_size": 8, "num_labels": 5, "num_mel_bins": MELS, "projection_dim": 48,
+    "initializer_range": 0.05,
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def configuration(name: str, more: Mapping[str, Any]) -> Any:
 
 def _takes(config: Any, key: str) -> bool:
     """Whether ``key`` is a number in ``config`` that can be given."""
-    return isinstance(getattr(config, key, None), int) and not isinstance(getattr(type(config), key, None), property)
+    return isinstance(getattr(config, key, None), (int, float)) and not isinstance(getattr(type(config), key, None), property)
 
 
 def _inner(config: Any, key: str, more: Mapping[str, Any]) -> dict[str, Any]:

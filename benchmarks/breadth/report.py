@@ -32,8 +32,8 @@ NOTES = """
   call, before the passes and after. Products that Dynamo does not capture count as not matched.
 * error: the largest relative error of an output, `‖a − e‖ / ‖e‖`. Activations stay in float32, so nothing but the order of sums
   differs. The bound is K unit roundoffs for each packed product, K the most terms of any.
-* moved: how far 4 bits move the output of a model of random weights; it has to be far above the error, or the two would not be
-  told apart.
+* moved: how far 4 bits move the output of a model of random weights; it has to be above the bound, or the two would not be told
+  apart.
 * breaks: graph breaks beyond those that the model has with a backend that does nothing. recompiled: graphs made in a second call,
   of another batch size where sizes are dynamic, beyond those too.
 * Passes and operators are run one by one; the rows with an error in the last column are compiled by Inductor to the end as well.
@@ -76,8 +76,8 @@ def line(name: str, way: str, found: dict[str, Any]) -> str:
 
 
 def is_right(found: dict[str, Any]) -> bool:
-    """Whether a measurement is within its bound."""
-    return "failed" not in found and found["error"] <= found["bound"]
+    """Whether a measurement is within its bound, and the bound is less than what rounding the weights does."""
+    return "failed" not in found and found["error"] <= found["bound"] < found["moved"]
 
 
 def _share(found: dict[str, Any]) -> float:

@@ -53,12 +53,7 @@ def _outputs(node: fx.Node) -> list[Tensor] | None:
 
 
 def _expand(context: Context, node: fx.Node, weights: list[GraphWeight]) -> None:
-    try:
-        traced = _trace_call(node)
-    except RuntimeError as error:  # of torch: an operator that takes no symbolic size outside the graph as a whole
-        for weight in weights:
-            context.explain(weight, f"used by {_name(node.target)}, which cannot be traced by itself: {str(error).splitlines()[0]}")
-        return
+    traced = _trace_call(node)
     calls = [inner for inner in traced.graph.nodes if inner.op == "call_function"]
     if any(rule_of(inner) is not None for inner in calls):
         _inline(context, node, traced)
