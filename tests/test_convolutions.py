@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(layer).eval(), torch.randn(draw(st.integers(1, 3)), channels, *extent)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(cases(), st.booleans())
 def test_every_convolution_is_the_product_of_its_kernel(case: tuple[nn.Module, torch.Tensor], dynamic: bool) -> None:
     torch._dynamo.reset()
