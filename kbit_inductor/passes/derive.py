@@ -117,7 +117,7 @@ def _recipe(node: fx.Node, sources: list[fx.Node], constants: dict[fx.Node, list
             if all(operand in env for operand in step.all_input_nodes):
                 args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda operand: env[operand])
                 method = step.op == "call_method"
-                env[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs) if method else step.target(*args, **kwargs)  # type: ignore[operator]
+                env[step] = getattr(args[0], str(step.target))(*args[1:], **kwargs) if method else step.target(*args, **kwargs)
         return env[node]
 
     traced = trace(compute, [source.meta[VALUE] for source in sources])
