@@ -54,7 +54,7 @@ def test_a_computed_weight_is_packed(name: str) -> None:
 )
 def test_weight_norm_is_packed(layer: nn.Module, dim: int, shape: tuple[int, ...]) -> None:
     model = nn.Sequential(parametrizations.weight_norm(layer, dim=dim)).eval()
-    assert_equivalent(model, torch.randn(shape), {"bits": 4, "min_elements": 0}, through_inductor=isinstance(layer, nn.Conv1d))
+    assert_equivalent(model, torch.randn(shape), {"bits": 4, "min_elements": 0}, through_inductor=isinstance(layer, nn.Linear))
     reports = kbit.explain(model, torch.randn(shape), config={"min_elements": 0}).layers
     norm, direction = sorted(reports, key=lambda report: report.name)
     assert direction.matched and not norm.matched

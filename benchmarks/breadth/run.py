@@ -49,7 +49,9 @@ def main() -> None:
         for way, found in runs.items():
             console.print(report.line(each.name, way, found), highlight=False, soft_wrap=True)
         _keep(each, runs)
-    console.print(f"wrote {report.write(_read())}", soft_wrap=True)
+    results = _read()
+    _write(results)
+    console.print(f"wrote {report.write(results)}", soft_wrap=True)
 
 
 def _read() -> dict[str, Any]:
@@ -63,6 +65,10 @@ def _keep(each: Architecture, runs: dict[str, dict[str, Any]]) -> None:
     """Add ``runs`` to the results, which are read again: another process may measure other rows."""
     results = _read()
     results["rows"].setdefault(each.name, {"kind": each.kind, "runs": {}})["runs"].update(runs)
+    _write(results)
+
+
+def _write(results: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
