@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.compiler import config as compiler_config
@@ -47,6 +48,7 @@ __all__ = [
     "scoped_library",
     "source_name",
     "storage_id",
+    "symbolic_shapes",
     "trace",
 ]
 
@@ -153,8 +155,13 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule
     from torch.fx.experimental.proxy_tensor import make_fx
 
     modes: Iterator[FakeTensorMode] = (value.fake_mode for value in inputs if isinstance(value, FakeTensor))
-    with next(modes), torch.no_grad():
+    with next(modes), symbolic_shapes(), torch.no_grad():
         return make_fx(function)(*inputs)
+
+
+def symbolic_shapes() -> contextlib.AbstractContextManager[Any]:
+    """Run operators on fake tensors as Dynamo does: some (padding, interpolation) take symbolic sizes only by their Python form."""
+    return cast("contextlib.AbstractContextManager[Any]", enable_python_dispatcher())
 
 
 def import_block(names: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def capture(
 def kept_arguments(context: Context, count: int) -> tuple[int, ...]:
     """The positions of the original inputs that the rewritten graph still takes."""
     alive = set(context.graph.find_nodes(op="placeholder"))
-    dropped = {weight.argument for weight in context.weights if weight.node not in alive}
+    dropped = {weight.argument for weight in context.weights if weight.node not in alive and weight.derivation is None}
     return tuple(i for i in range(count) if i not in dropped)
 
 

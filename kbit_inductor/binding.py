@@ -27,7 +27,7 @@ class Binding:
     def __init__(self, store: PackedWeights, slots: tuple[Slot, ...]) -> None:
         self.store = store
         self.slots = slots
-        self.arguments = tuple(dict.fromkeys(slot.argument for slot in slots))
+        self.arguments = tuple(dict.fromkeys(position for slot in slots for position in slot.sources))
         self.fingerprint = torch.ops.kbit.fingerprint.default if all(s.form.layout in TILED_LAYOUTS for s in slots) else None
         self.known: dict[int, Known] = {}
 

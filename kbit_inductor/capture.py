@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from kbit_inductor._compat import FakeTensor, FakeTensorMode, is_transformed, member_path, source_name, storage_id
 from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.derivation import Derivation
 from kbit_inductor.lowering.registry import Choice
 from kbit_inductor.packing import WEIGHT_DTYPES
 from kbit_inductor.store import Slot
@@ -22,14 +23,16 @@ VALUE = "example_value"  # the metadata key under which Dynamo keeps a node's fa
 
 @dataclass(frozen=True)
 class GraphWeight:
-    """A parameter or buffer of at least two dimensions that the graph takes as input.
+    """A parameter or buffer of at least two dimensions that the graph takes as input, or a weight that it computes from such.
 
     Attributes:
         node: its placeholder.
-        argument: its position among the graph's inputs.
+        argument: its position among the graph's inputs; for a computed weight, that of the parameter it is named after.
         name: of the layer that owns it, with the parameter's own name where that is not ``weight``.
         config: how it is to be stored; None when it stays in float.
         reason: why it stays in float, or "".
+        derivation: how it is computed; None for a parameter.
+        computed: the node that computes it.
     """
 
     node: fx.Node
@@ -37,6 +40,8 @@ class GraphWeight:
     name: str
     config: LayerConfig | None
     reason: str = ""
+    derivation: Derivation | None = None
+    computed: fx.Node | None = None
 
     @property
     def value(self) -> Tensor:
@@ -251,7 +256,7 @@ def find_weights(graph: fx.Graph, inputs: Sequence[Any], config: Config) -> list
             continue
         name = ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source
         layer = config.for_layer(name)
-        reason = _ineligible(value, config) or ("" if layer is not None else "skipped by the option 'skip'")
+        reason = ineligible(value, config) or ("" if layer is not None else "skipped by the option 'skip'")
         found.append(GraphWeight(node, argument, name, None if reason else layer, reason))
     return found
 
@@ -268,7 +273,8 @@ def begin(graph: fx.Graph, weights: list[GraphWeight], config: Config) -> Contex
     return context
 
 
-def _ineligible(value: Tensor, config: Config) -> str:
+def ineligible(value: Tensor, config: Config) -> str:
+    """Why a weight with the fake tensor ``value`` stays in float, or ""."""
     if value.layout != torch.strided:
         return f"its layout is {value.layout}"
     if type(value).__name__ not in ("FakeTensor", "Parameter"):

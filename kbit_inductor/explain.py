@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from kbit_inductor import backend
 from kbit_inductor._compat import graph_breaks
-from kbit_inductor.capture import Context
+from kbit_inductor.capture import Context, Use
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
 from kbit_inductor.expectation import Clock, Expectation
@@ -27,6 +27,9 @@ from kbit_inductor.page import Steps, render
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
 from kbit_inductor.views import WeightView
+
+Key = tuple[int, "str | None", WeightView]
+"""The identity of a parameter, what is computed from it, and the part of that: one matrix of the model."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class _Recorder:
     def __init__(self, config: Config, clock: Clock) -> None:
         self.config = config
         self.clock = clock
-        self.reports: dict[tuple[int, WeightView], LayerReport] = {}
+        self.reports: dict[Key, LayerReport] = {}
         self.seen: set[int] = set()
         self.graphs = 0
         self.fusions: Counter[str] = Counter()
@@ -192,7 +195,7 @@ class _Recorder:
             weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
             self.seen |= {id(tensor) for tensor in weights.values()}
             self.fusions += context.fusions
-            for key, report in _reports(context, weights, self.clock):
+            for key, report in _reports(context, inputs, self.clock):
                 self.reports[key] = _merged(self.reports.get(key), report)
         except KbitError as error:
             return backend.raiser(error)
@@ -217,24 +220,27 @@ def _merged(old: LayerReport | None, new: LayerReport) -> LayerReport:
     return dataclasses.replace(new if new.matched else old, **merged)  # type: ignore[arg-type]
 
 
-def _reports(context: Context, weights: Mapping[int, Tensor], clock: Clock) -> Iterator[tuple[tuple[int, WeightView], LayerReport]]:
+def _reports(context: Context, inputs: Sequence[Any], clock: Clock) -> Iterator[tuple[Key, LayerReport]]:
     for slot in context.slots:
-        uses = [
-            (use, choice) for use, choice in context.choices if (use.weight.argument, use.view) == (slot.argument, slot.form.view)
-        ]
-        yield (id(weights[slot.argument]), slot.form.view), _matched_report(context, slot, uses, weights[slot.argument], clock)
+        uses = [(use, choice) for use, choice in context.choices if _is_of(use, slot)]
+        yield (id(inputs[slot.argument]), slot.form.derived, slot.form.view), _matched_report(context, slot, uses, inputs, clock)
     packed = {slot.argument for slot in context.slots}
     for weight in context.weights:
-        if weight.argument not in packed:
-            size = weights[weight.argument].nbytes if weight.value.layout == torch.strided else 0
+        if weight.argument not in packed and weight.derivation is None:
+            size = inputs[weight.argument].nbytes if weight.value.layout == torch.strided else 0
             reasons = tuple(context.reasons.get(weight.name, ("no product uses it",)))
             shape = tuple(weight.value.shape)
             report = LayerReport(weight.name, shape, False, reasons, bytes_before=size, bytes_after=size)
-            yield (id(weights[weight.argument]), WeightView()), report
+            yield (id(inputs[weight.argument]), None, WeightView()), report
 
 
-def _matched_report(context: Context, slot: Slot, uses: list[Any], weight: Tensor, clock: Clock) -> LayerReport:
-    packed = STORE.find(weight, slot) or slot.pack(weight)
+def _is_of(use: Use, slot: Slot) -> bool:
+    return (use.weight.argument, use.weight.derivation, use.view) == (slot.argument, slot.derivation, slot.form.view)
+
+
+def _matched_report(context: Context, slot: Slot, uses: list[Any], inputs: Sequence[Any], clock: Clock) -> LayerReport:
+    weight: Tensor = inputs[slot.argument]
+    packed = STORE.find(inputs, slot) or slot.pack(inputs)
     lacks = slot.lacks(weight)
     first = uses[0][0]
     shape = (*(() if first.batch is None else (first.batch,)), first.rows, first.columns)

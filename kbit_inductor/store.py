@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,6 +26,7 @@ from kbit_inductor import addresses
 from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import LayerConfig
+from kbit_inductor.derivation import Derivation
 from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
@@ -47,29 +49,41 @@ class Form:
     config: LayerConfig
     layout: str
     calibration: object | None = None
+    derived: str | None = None
 
 
 @functools.cache
-def form(view: WeightView, config: LayerConfig, layout: str, calibration: object | None = None) -> Form:
-    """The one form of this view, config and layout, and key of a calibration."""
-    return Form(view, config, layout, calibration)
+def form(view: WeightView, config: LayerConfig, layout: str, calibration: object | None = None, derived: str | None = None) -> Form:
+    """The one form of this view, config and layout, and keys of a calibration and of a derivation."""
+    return Form(view, config, layout, calibration, derived)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A packed weight that a graph needs: which argument it comes from, which part of it, how it is stored, and what is known of
-    its inputs."""
+    """A packed weight that a graph needs: which argument it comes from, which part of it, how it is stored, what is known of
+    its inputs, and how it is computed from arguments where it is none itself."""
 
     argument: int
     name: str
     form: Form
     may_release: bool = False
     calibration: Calibration | None = None
+    derivation: Derivation | None = None
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        """``weight``, the argument, packed anew."""
-        matrix = self.form.view.apply(weight.detach())
-        return pack(matrix, self.form.config, self.name, self.form.layout, self._statistics(weight))
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The arguments that it comes from."""
+        return (self.argument,) if self.derivation is None else self.derivation.sources
+
+    def matrix(self, arguments: Sequence[Any]) -> Tensor:
+        """What is packed of ``arguments``, in float."""
+        derivation = self.derivation
+        return self.form.view.apply(arguments[self.argument].detach() if derivation is None else derivation.compute(arguments))
+
+    def pack(self, arguments: Sequence[Any]) -> PackedWeight:
+        """Its weight among ``arguments``, packed anew."""
+        statistics = self._statistics(arguments[self.argument])
+        return pack(self.matrix(arguments), self.form.config, self.name, self.form.layout, statistics)
 
     def lacks(self, weight: Tensor) -> str | None:
         """What the quantizer is made for and has to do without, or None when it has all that it needs."""
@@ -85,17 +99,21 @@ class Slot:
         return None if self.calibration is None else self.calibration.of(weight, self.form.view.columns(weight))
 
 
-@dataclass
-class Entry:
-    """What was packed from one parameter, and the state the parameter was in; ``stale`` is of the state before."""
+@dataclass(frozen=True)
+class State:
+    """A parameter as it was at one time: its count of changes (inference tensors have none), its storage and layout."""
 
     parameter: weakref.ref[Tensor]
     version: int | None
     storage: StorageWeakRef
     layout: Layout
-    packed: dict[Form, PackedWeight] = field(default_factory=dict)
-    repacks: int = 0
-    stale: dict[Form, PackedWeight] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, weight: Tensor, parameter: weakref.ref[Tensor] | None = None) -> State:
+        """The state of ``weight`` now, with ``parameter`` as the reference to it."""
+        version = None if weight.is_inference() else weight._version
+        layout = (weight.shape, weight.stride(), int(weight.storage_offset()))
+        return cls(parameter or weakref.ref(weight), version, StorageWeakRef(weight.untyped_storage()), layout)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` is the parameter and unchanged since."""
@@ -105,6 +123,28 @@ class Entry:
             and self.storage.cdata == storage_id(weight)
             and self.layout == (weight.shape, weight.stride(), weight.storage_offset())
         )
+
+
+@dataclass
+class Entry:
+    """What was packed from one parameter, and the state the parameter was in; ``stale`` is of the state before.
+
+    ``sources`` are the states of all that a form was computed from.
+    """
+
+    state: State
+    packed: dict[Form, PackedWeight] = field(default_factory=dict)
+    sources: dict[Form, tuple[State, ...]] = field(default_factory=dict)
+    repacks: int = 0
+    stale: dict[Form, PackedWeight] = field(default_factory=dict)
+
+    def find(self, slot: Slot, arguments: Sequence[Any]) -> PackedWeight | None:
+        """The form that ``slot`` asks for, if it is of ``arguments`` as they are now."""
+        packed = self.packed.get(slot.form)
+        if packed is None or not self.state.is_of(arguments[slot.argument]):
+            return None
+        states = self.sources.get(slot.form, ())
+        return packed if all(state.is_of(arguments[i]) for state, i in zip(states, slot.sources, strict=False)) else None
 
 
 class PackedWeights:
@@ -120,16 +160,14 @@ class PackedWeights:
         """Forget who holds the lock: the child of a fork may inherit it held by a thread that it does not have."""
         self._lock = threading.RLock()
 
-    def find(self, weight: Tensor, slot: Slot) -> PackedWeight | None:
-        """The packed form of ``weight`` as it is now, or None."""
-        entry = self._entries.get(id(weight))
-        if entry is None or not entry.is_of(weight):
-            return None
-        return entry.packed.get(slot.form)
+    def find(self, arguments: Sequence[Any], slot: Slot) -> PackedWeight | None:
+        """The packed form of the weight of ``slot`` among ``arguments`` as they are now, or None."""
+        entry = self._entries.get(id(arguments[slot.argument]))
+        return None if entry is None else entry.find(slot, arguments)
 
     def packed(self, arguments: Sequence[Tensor], slots: Sequence[Slot]) -> list[PackedWeight]:
         """The packed weights of all ``slots`` in order; what is missing or has changed is packed."""
-        found = [self.find(arguments[slot.argument], slot) for slot in slots]
+        found = [self.find(arguments, slot) for slot in slots]
         if None in found:
             found = self._pack_missing(arguments, slots)
         return [packed for packed in found if packed is not None]
@@ -138,33 +176,35 @@ class PackedWeights:
         with self._lock, Progress(len(slots), "packing weights") as progress:
             packed: list[PackedWeight | None] = []
             for slot in slots:
-                packed.append(self.pack(arguments[slot.argument], slot))
+                packed.append(self.pack(arguments, slot))
                 progress.advance(slot.name)
             releasable = {arguments[slot.argument]: slot.name for slot in slots if slot.may_release}
             for weight in release(releasable, self._owners):
                 self.accept(weight)
             return packed
 
-    def pack(self, weight: Tensor, slot: Slot) -> PackedWeight:
-        """The packed form of ``weight`` as it is now.
+    def pack(self, arguments: Sequence[Any], slot: Slot) -> PackedWeight:
+        """The packed form of the weight of ``slot`` among ``arguments`` as they are now.
 
         Raises:
             ReleasedWeightError: the floats it would be packed from were freed.
         """
         with self._lock:
-            found = self.find(weight, slot)
+            found = self.find(arguments, slot)
             if found is not None:
                 return found
-            if is_released(weight):
+            if any(is_released(arguments[position]) for position in slot.sources):
                 raise ReleasedWeightError(
                     f"layer {slot.name!r} needs another packed form ({slot.form.config}), but its float weight was freed by "
                     "release_weights=True; load the weights again first, or compile without release_weights"
                 )
-            entry = self._current_entry(weight, slot)
+            entry = self._current_entry(arguments[slot.argument], slot)
             start = time.perf_counter()
             with no_modes():
-                packed = addresses.into(entry.stale.pop(slot.form, None), slot.pack(weight))
+                packed = addresses.into(entry.stale.pop(slot.form, entry.packed.get(slot.form)), slot.pack(arguments))
             entry.packed[slot.form] = packed
+            if slot.derivation is not None:
+                entry.sources[slot.form] = tuple(State.of(arguments[position]) for position in slot.sources)
             log.info(
                 "packed %s: %d bits, %d bytes, relative error %.3g, %.3f s",
                 slot.name, slot.form.config.bits, packed.nbytes, packed.error, time.perf_counter() - start,
@@ -175,10 +215,10 @@ class PackedWeights:
         """The entry of ``weight``, begun anew when it is of another tensor or of an earlier state."""
         key = id(weight)
         old = self._entries.get(key)
-        if old is not None and old.is_of(weight):
+        if old is not None and old.state.is_of(weight):
             return old
-        entry = Entry(weakref.ref(weight, self._forget(key)), *_state(weight))
-        if old is not None and old.parameter() is weight:
+        entry = Entry(State.of(weight, weakref.ref(weight, self._forget(key))))
+        if old is not None and old.state.parameter() is weight:
             entry.repacks = old.repacks + 1
             if weight.device.type in addresses.RECORDING:
                 entry.stale = {**old.stale, **old.packed}
@@ -198,7 +238,7 @@ class PackedWeights:
 
         def forget(reference: weakref.ref[Tensor]) -> None:
             entry = entries.get(key)
-            if entry is not None and entry.parameter is reference:
+            if entry is not None and entry.state.parameter is reference:
                 del entries[key]
 
         return forget
@@ -206,14 +246,14 @@ class PackedWeights:
     def accept(self, weight: Tensor) -> None:
         """Take the packed forms of ``weight`` for those of its present state: its memory was freed, or filled from them."""
         entry = self._entries[id(weight)]
-        entry.version, entry.storage, entry.layout = _state(weight)
+        entry.state = State.of(weight, entry.state.parameter)
 
     def packed_forms(self, weight: Tensor) -> list[tuple[WeightView, PackedWeight]]:
-        """The matrices of ``weight`` that are packed as it is now."""
+        """The matrices of ``weight`` that are packed as it is now; not those that are computed from it."""
         entry = self._entries.get(id(weight))
-        if entry is None or not entry.is_of(weight):
+        if entry is None or not entry.state.is_of(weight):
             return []
-        return [(packed_form.view, packed) for packed_form, packed in entry.packed.items()]
+        return [(packed_form.view, packed) for packed_form, packed in entry.packed.items() if packed_form.derived is None]
 
     def newly_frozen(self, weights: Mapping[str, Tensor]) -> list[str]:
         """The names of those of ``weights`` that require grad, which they will not get, and were not named before."""
@@ -225,13 +265,6 @@ class PackedWeights:
         """Bytes of all packed weights that are alive, those to be packed again included."""
         entries = list(self._entries.values())
         return sum(packed.nbytes for entry in entries for packed in (*entry.packed.values(), *entry.stale.values()))
-
-
-def _state(weight: Tensor) -> tuple[int | None, StorageWeakRef, Layout]:
-    """What tells one state of a weight from another: its count of changes (inference tensors have none), storage and layout."""
-    version = None if weight.is_inference() else weight._version
-    layout = (weight.shape, weight.stride(), int(weight.storage_offset()))
-    return version, StorageWeakRef(weight.untyped_storage()), layout
 
 
 STORE = PackedWeights()

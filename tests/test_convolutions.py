@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kbit_inductor as kbit
+from kbit_inductor import backend
 from kbit_inductor.testing import assert_equivalent, dequantized_copy, relative_error
 from kbit_inductor.testing.rewriting import rewrite
 
@@ -32,7 +33,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(layer).eval(), torch.randn(draw(st.integers(1, 3)), channels, *extent)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(cases(), st.booleans())
 def test_every_convolution_is_the_product_of_its_kernel(case: tuple[nn.Module, torch.Tensor], dynamic: bool) -> None:
     torch._dynamo.reset()
@@ -51,6 +52,22 @@ def test_patches_and_a_grouped_convolution_through_inductor(dynamic: bool) -> No
     assert relative_error(actual, dequantized_copy(model)(x)) < 72 * 2 * 2.0**-24  # terms of a product, two of them
 
 
+@torch.no_grad()
+def test_no_size_is_guarded() -> None:
+    graphs = []
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
+
+    def count(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        backend.capture(gm, inputs, kbit.Config(min_elements=0))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=count, dynamic=True)
+    for size in ((2, 6, 7), (3, 8, 9), (5, 11, 6)):
+        compiled(torch.randn(size[0], 8, *size[1:]))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -62,3 +79,13 @@ def test_what_stays_in_float_says_why(layer: nn.Module, reason: str) -> None:
     (report,) = kbit.explain(nn.Sequential(layer).eval(), torch.randn(1, 6, 5, 5), config={"min_elements": 0}).layers
     assert not report.matched
     assert reason in report.reasons[0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_the_result_is_laid_out_as_in_eager(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3)).eval().to(memory_format=memory_format)
+    x = torch.randn(2, 8, 5, 7).to(memory_format=memory_format)
+    compiled = torch.compile(model, backend="kbit", options=CONFIG)(x)
+    assert compiled.stride() == model(x).stride()

@@ -112,7 +112,6 @@ def _changed_index(x, w, i):
     [
         (lambda x, w, i: w[i].sum(1) * x[:, :1], "used by sum, which is no matrix product"),
         (_changed_index, "no matrix product"),
-        (lambda x, w, i: x @ (w[0] * w[1]).mT, "no matrix product"),
     ],
 )
 def test_what_is_not_matched_stays_in_float_and_says_why(function, reason, without_inductor):

@@ -69,6 +69,7 @@ class Inspector:
         self.actual, self.exact = actual, exact
 
     def _check_numbers(self, each: Pass, gm: fx.GraphModule, context: Context) -> float:
+        self.trial.derive(context)
         self.trial.pack(context, self.inputs)
         values: dict[fx.Node, Any] = {}
         actual, exact = self.trial.run(gm, context, values), self.trial.exact(gm, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,12 @@ class Trial:
     Attributes:
         values: by name of a placeholder of the captured graph.
         packed: the packed weight of each slot, as far as the graph has them.
+        exact_values: in float64, of the weights that a pass has made inputs of the graph.
     """
 
     values: dict[str, Any]
     packed: list[PackedWeight] = field(default_factory=list)
+    exact_values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> Trial:
@@ -45,12 +47,22 @@ class Trial:
         """Pack what the graph's slots ask for and is not packed yet."""
         with isolated():
             for slot in context.slots[len(self.packed) :]:
-                weight = inputs[slot.argument]
-                self.packed.append(STORE.find(weight, slot) or slot.pack(weight))
+                self.packed.append(STORE.find(inputs, slot) or slot.pack(inputs))
+
+    def derive(self, context: Context) -> None:
+        """Compute the weights that a pass has made inputs of the graph."""
+        given = list(self.values.values())
+        for weight in context.weights:
+            derivation, name = weight.derivation, weight.node.name
+            if derivation is not None and name not in self.values:
+                self.values[name] = derivation.compute(given)
+                with isolated():
+                    sources = [widen(given[position].detach()) for position in derivation.sources]
+                    self.exact_values[name] = Exact(derivation.graph, {}).run(*sources)
 
     def run(self, gm: fx.GraphModule, context: Context, recorder: dict[fx.Node, Any] | None = None) -> list[Any]:
         """What ``gm`` returns and writes to its inputs; the value of each node goes to ``recorder``."""
-        arguments = self._arguments(gm, context)
+        arguments = self._arguments(gm, self.values)
         with isolated():
             return [*leaves(_Recording(gm, recorder).run(*arguments)), *self._written(arguments)]
 
@@ -58,27 +70,29 @@ class Trial:
         """What ``gm`` returns and writes in float64, with the weights that packed ones stand for."""
         dense = {id(one.operands[0]): one.dequantize(torch.float64) for one in self.packed}
         with isolated():
-            arguments = [widen(argument) for argument in self._arguments(gm, context)]
+            arguments = [widen(argument) for argument in self._arguments(gm, {**self.values, **self.exact_values})]
             return [*leaves(Exact(gm, dense, recorder).run(*arguments)), *self._written(arguments)]
 
     def with_packed_weights(self, context: Context) -> Trial:
         """This trial with each weight as its packed forms stand for it, in float64: the input of a graph that packs none."""
-        values = dict(self.values)
+        values = {**self.values, **self.exact_values}
+        copied: set[str] = set()
         with isolated():
-            names = {weight.argument: weight.node.name for weight in context.weights}
+            names = {(weight.argument, weight.derivation): weight.node.name for weight in context.weights}
             for slot, packed in zip(context.slots, self.packed, strict=True):
-                name = names[slot.argument]
-                if values[name] is self.values[name]:
-                    values[name] = self.values[name].detach().to(torch.float64, copy=True)
+                name = names[slot.argument, slot.derivation]
+                if name not in copied:
+                    values[name] = values[name].detach().to(torch.float64, copy=True)
+                    copied.add(name)
                 slot.form.view.assign(values[name], packed.dequantize(torch.float64))
         return Trial(values, self.packed)
 
-    def _arguments(self, gm: fx.GraphModule, context: Context) -> list[Any]:
+    def _arguments(self, gm: fx.GraphModule, values: Mapping[str, Any]) -> list[Any]:
         """A copy of each value, since a graph may write to what it is given; packed operands themselves."""
         packed = [operand for one in self.packed for operand in one.operands]
         placeholders = gm.graph.find_nodes(op="placeholder")
-        known = [node for node in placeholders if node.name in self.values]
-        given = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), [self.values[node.name] for node in known])
+        known = [node for node in placeholders if node.name in values]
+        given = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), [values[node.name] for node in known])
         return [*given, *(packed if len(known) < len(placeholders) else ())]
 
     def _written(self, arguments: Sequence[Any]) -> list[Tensor]:

@@ -95,4 +95,4 @@ def _size(rewriter: Rewriter, node: fx.Node, dim: int) -> Any:
 
 def _channels_second(rewriter: Rewriter, product: fx.Node, dims: int) -> fx.Node:
     """``[B, *positions, N]`` to ``[B, N, *positions]``."""
-    return rewriter.call(aten.permute.default, product, [0, 1 + dims, *range(1, 1 + dims)])
+    return rewriter.permuted(product, (0, 1 + dims, *range(1, 1 + dims)))

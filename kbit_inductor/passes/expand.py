@@ -21,6 +21,8 @@ from kbit_inductor.views import Strides
 aten = torch.ops.aten
 SELECTIONS = (aten.index.Tensor, aten.index_select.default)
 COPIES = (aten._to_copy.default, aten.clone.default)
+# A view is chosen for the strides of fake values, which are not always those of the real ones (`x.type(dtype)` of an expanded x).
+RESHAPES = (aten.view.default, aten._unsafe_view.default)
 VIEWS = (
     aten.alias.default, aten.as_strided.default, aten.detach.default, aten.expand.default, aten.permute.default,
     aten.select.int, aten.slice.Tensor, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.t.default,
@@ -105,6 +107,8 @@ def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:
             if inner.op == "call_function":
                 copied = context.graph.node_copy(inner, lambda operand: env[operand])
                 copied.meta = {**node.meta, VALUE: inner.meta.get("val")}
+                if inner.target in RESHAPES:
+                    copied.target = aten.reshape.default
                 env[inner] = copied
                 if inner.target in COPIES:
                     _remember_copy(context, copied)

@@ -29,7 +29,9 @@ def lower_marks(context: Context) -> None:
         choice = _choose(context, use)
         use.m = _rows_of_x(use)
         calibration = context.config.calibration
-        packed_form = form(use.view, _stored(context, use, choice), choice.kernel.layout, calibration and calibration.key)
+        derivation = use.weight.derivation
+        known = calibration and calibration.key
+        packed_form = form(use.view, _stored(context, use, choice), choice.kernel.layout, known, derivation and derivation.key)
         key = (use.weight.argument, packed_form)
         if key not in inputs:
             inputs[key] = _add_inputs(context, use, packed_form)
@@ -92,7 +94,8 @@ def _rows_of_x(use: Use) -> int | torch.SymInt | None:
 
 def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
     """New placeholders, after all others, for the operands of a packed weight."""
-    context.slots.append(Slot(use.weight.argument, use.weight.name, packed_form, calibration=context.config.calibration))
+    weight, calibration = use.weight, context.config.calibration
+    context.slots.append(Slot(weight.argument, weight.name, packed_form, calibration=calibration, derivation=weight.derivation))
     nodes = []
     specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout, use.batch)
     for position, (shape, dtype) in enumerate(specs):

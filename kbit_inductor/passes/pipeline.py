@@ -12,17 +12,20 @@ from kbit_inductor.capture import Context
 from kbit_inductor.errors import InvalidPassError
 from kbit_inductor.passes.chain import chain
 from kbit_inductor.passes.cleanup import drop_unused_weights
+from kbit_inductor.passes.derive import derive_weights, explain_computed_weights
 from kbit_inductor.passes.epilogue import fuse_epilogues
 from kbit_inductor.passes.expand import expand_weight_calls
 from kbit_inductor.passes.fuse import fuse
 from kbit_inductor.passes.lower import lower_marks
-from kbit_inductor.passes.products import explain_computed_weights, match_products
+from kbit_inductor.passes.products import match_products
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.values import infer_values
 
 
 def _expand(gm: fx.GraphModule, context: Context) -> None:
     expand_weight_calls(context)
+    if derive_weights(context):
+        expand_weight_calls(context)
     explain_computed_weights(context)
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload
-from kbit_inductor.capture import VALUE, Context, GraphWeight, Use
+from kbit_inductor.capture import VALUE, Context, Use
 from kbit_inductor.passes.convolutions import convolution
 from kbit_inductor.passes.rewriter import (
     Batch,
@@ -28,18 +28,6 @@ from kbit_inductor.views import Strides, first_matrix, transposed
 aten = torch.ops.aten
 LINEARS = (functional.linear, aten.linear.default)
 EMBEDDINGS = (functional.embedding,)
-SPELLED = (
-    *LINEARS,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.einsum,
-    torch.functional.einsum,
-    "matmul",
-    "mm",
-    "bmm",
-)
 
 
 def match_products(context: Context) -> None:
@@ -55,29 +43,6 @@ def match_products(context: Context) -> None:
             replacement.meta[VALUE] = node.meta[VALUE]
             node.replace_all_uses_with(replacement)
             context.graph.erase_node(node)
-
-
-def explain_computed_weights(context: Context) -> None:
-    """Say which products have a weight that the graph computes from parameters, and so could not be matched."""
-    origin: dict[fx.Node, list[GraphWeight]] = {weight.node: [weight] for weight in context.weights}
-    constants = {weight.node for weight in context.weights}
-    constants |= {node for node in context.graph.find_nodes(op="placeholder") if _is_parameter(node)}
-    for node in context.graph.nodes:
-        operands = node.all_input_nodes
-        if node.op not in ("call_function", "call_method") or not operands:
-            continue
-        if all(operand in constants for operand in operands):
-            constants.add(node)
-            origin[node] = [weight for operand in operands for weight in origin.get(operand, [])]
-        elif node.target in SPELLED or getattr(node.target, "__name__", "") == "matmul" or node.target in PRODUCTS:
-            for operand in operands:
-                if operand in constants and operand.op != "placeholder" and context.locate(operand) is None:
-                    for weight in origin.get(operand, []):
-                        context.explain(weight, "its product takes a weight that is computed in the forward pass")
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
 
 
 def _weights_of(context: Context, node: fx.Node) -> list[fx.Node]:
@@ -101,7 +66,7 @@ def _mm(rewriter: Rewriter, a: Any, b: Any, bias: Any = None) -> fx.Node | None:
         return rewriter.linear(a, b, transposed(window), bias)
     window = _window(rewriter, a, 2)
     if window is not None and bias is None:
-        return rewriter.call(aten.t.default, rewriter.linear(rewriter.call(aten.t.default, b), a, window))
+        return rewriter.permuted(rewriter.linear(rewriter.call(aten.t.default, b), a, window), (1, 0))
     return None
 
 
@@ -122,7 +87,7 @@ def _bmm(rewriter: Rewriter, a: Any, b: Any) -> fx.Node | None:
         if not is_left:
             return _batched(rewriter, a, operand, batch.transposed)
         product = _batched(rewriter, rewriter.call(aten.transpose.int, b, 1, 2), operand, batch)
-        return rewriter.call(aten.transpose.int, product, 1, 2)
+        return rewriter.permuted(product, (0, 2, 1))
     return None
 
 

@@ -6,7 +6,7 @@ A mark stands for a product on the weight's own placeholder until :mod:`kbit_ind
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,27 @@ class Rewriter:
         self.context = context
         self.node = node
 
-    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A node that calls ``target``; a mark and what is computed from one have no fake value yet."""
-        created = self.context.graph.call_function(target, args)
+        created = self.context.graph.call_function(target, args, kwargs)
         created.meta = {key: value for key, value in self.node.meta.items() if key != VALUE}
         if isinstance(target, OpOverload) and all(VALUE in operand.meta for operand in created.all_input_nodes):
             created.meta[VALUE] = call_fake(self.context, created)
         return created
+
+    def permuted(self, product: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+        """``product`` with its dimensions in another order, the result of the matched node and laid out as that one's is.
+
+        What follows may be a view that no other layout allows.
+        """
+        result: Tensor = self.node.meta[VALUE]
+        with self.context.fake_mode():
+            ours = torch.empty([result.shape[dims.index(dim)] for dim in range(len(dims))]).permute(dims)
+            plain = torch.empty(result.shape)
+        permuted = self.call(aten.permute.default, product, list(dims))
+        if _equal(result.stride(), ours.stride()) or not _equal(result.stride(), plain.stride()):
+            return permuted
+        return self.call(aten.clone.default, permuted, memory_format=torch.contiguous_format)
 
     def linear(self, x: Any, matrix: fx.Node, window: Strides, bias: Any = None) -> fx.Node:
         """``x @ matrix.T + bias`` where ``window`` says where the ``[N, K]`` matrix lies in the memory of node ``matrix``."""
@@ -121,3 +135,7 @@ def located(context: Context, node: fx.Node) -> tuple[GraphWeight, WeightView, S
     if found is None:
         raise LookupError(f"{node} is no view of a weight")
     return found
+
+
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return [str(n) for n in a] == [str(n) for n in b]  # no guard on symbolic sizes

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from kbit_inductor._compat import symbolic_shapes
 from kbit_inductor.capture import VALUE, Context
 
 CALLS = ("call_function", "call_method", "call_module")
@@ -27,7 +28,7 @@ def infer_values(gm: fx.GraphModule, context: Context) -> None:
 def call_fake(context: Context, node: fx.Node, function: Callable[..., Any] | None = None) -> Any:
     """What ``node``, a call, computes from the fake values of its operands; ``function`` is what it calls if it does not say."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta[VALUE])
-    with context.fake_mode():
+    with context.fake_mode(), symbolic_shapes():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return (function or node.target)(*args, **kwargs)  # type: ignore[operator]

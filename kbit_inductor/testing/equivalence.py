@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from kbit_inductor import backend
 from kbit_inductor.config import Config
-from kbit_inductor.debug.exact import widen
+from kbit_inductor.debug.exact import Exact, widen
 from kbit_inductor.debug.inspector import WORSE
 from kbit_inductor.debug.trial import distance, isolated, leaves
 from kbit_inductor.packing import PackedWeight, pack
@@ -60,15 +60,14 @@ def assert_equivalent(
     for graph in graphs:
         packed = [_find(graph, slot) for slot in graph.context.slots]
         for slot, one in zip(graph.context.slots, packed, strict=True):
-            _check_weight(slot, one, graph.inputs[slot.argument])
+            _check_weight(slot, one, graph.inputs)
         _check_nodes(graph, packed, resolved)
     if through_inductor:
-        _check_compiled(model, arguments, resolved, dynamic)
+        _check_compiled(model, arguments, graphs, resolved, dynamic)
 
 
 def _find(graph: Rewritten, slot: Slot) -> PackedWeight:
-    weight = graph.inputs[slot.argument]
-    return STORE.find(weight, slot) or slot.pack(weight)
+    return STORE.find(graph.inputs, slot) or slot.pack(graph.inputs)
 
 
 def _again(config: Config) -> str:
@@ -77,9 +76,9 @@ def _again(config: Config) -> str:
     return f"; again: kbit_inductor.testing.assert_equivalent(model, inputs, {changed})"
 
 
-def _check_weight(slot: Slot, packed: PackedWeight, weight: Tensor) -> None:
+def _check_weight(slot: Slot, packed: PackedWeight, inputs: Sequence[Any]) -> None:
     with isolated():
-        matrix = slot.form.view.apply(weight.detach())
+        matrix = slot.matrix(inputs)
         squared = float((packed.dequantize(torch.float64) - matrix.double()).square().sum())
         plain = pack(matrix, dataclasses.replace(slot.form.config, quantizer="rtn")).dequantize(torch.float64)
         norm = float(matrix.double().square().sum())
@@ -116,7 +115,9 @@ def _layers(graph: Rewritten, node: str) -> str:
     return f"layers {', '.join(names)}" if names else "no weight"
 
 
-def _check_compiled(model: nn.Module, inputs: tuple[Any, ...], config: Config, dynamic: bool | None) -> None:
+def _check_compiled(
+    model: nn.Module, inputs: tuple[Any, ...], graphs: Sequence[Rewritten], config: Config, dynamic: bool | None
+) -> None:
     plain = dataclasses.replace(config, debug=False)
 
     def interpreted(gm: fx.GraphModule, given: Sequence[Any]) -> Any:
@@ -125,6 +126,19 @@ def _check_compiled(model: nn.Module, inputs: tuple[Any, ...], config: Config, d
 
     def compiled(gm: fx.GraphModule, given: Sequence[Any]) -> Any:
         return backend.kbit(gm, given, options=plain)
+
+    def exactly(gm: fx.GraphModule, given: Sequence[Any]) -> Any:
+        """In float64 what the rewritten graph means: no eager twin has a place for weights that are packed as they are computed."""
+        rewritten, context = backend.capture(gm, given, plain)
+        kept = backend.kept_arguments(context, len(given))
+
+        def run(*arguments: Any) -> Any:
+            packed = STORE.packed(arguments, context.slots)
+            dense = {id(one.operands[0]): one.dequantize(torch.float64) for one in packed}
+            operands = (operand for one in packed for operand in one.operands)
+            return Exact(rewritten, dense).run(*(widen(arguments[i]) for i in kept), *operands)
+
+        return run
 
     results = []
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -135,9 +149,11 @@ def _check_compiled(model: nn.Module, inputs: tuple[Any, ...], config: Config, d
             for buffer, before in state:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-    twin = dequantized_copy(model).double()
+    computed = any(slot.derivation is not None for graph in graphs for slot in graph.context.slots)
+    twin = torch.compile(fresh_call(model), backend=exactly, dynamic=dynamic) if computed else dequantized_copy(model).double()
     with torch.no_grad():
-        exact = leaves(twin(*pytree.tree_map_only(Tensor, lambda tensor: widen(tensor.detach().clone()), list(inputs))))
+        wide = widen if not computed else lambda value: value
+        exact = leaves(twin(*pytree.tree_map_only(Tensor, lambda tensor: wide(tensor.detach().clone()), list(inputs))))
     unit = max((torch.finfo(v.dtype).eps for v in results[0] if isinstance(v, Tensor) and v.is_floating_point()), default=0.0)
     expected, actual = (distance(result, exact) for result in results)
     if actual > WORSE * max(expected, 4 * unit):
