@@ -49,7 +49,8 @@ class BlockType:
 def fields(data: Tensor, bits: int) -> Tensor:
     """The fields of ``bits`` of bytes ``[…, n]``, as ``[…, 8 / bits * n]``: first the lowest fields of all bytes, then the next."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
-    return ((data.unsqueeze(-2) >> shifts) & (2**bits - 1)).flatten(-2)
+    found: Tensor = (data.unsqueeze(-2) >> shifts) & (2**bits - 1)
+    return found.flatten(-2)
 
 
 def in_turn(data: Tensor, bits: int, run: int) -> Tensor:

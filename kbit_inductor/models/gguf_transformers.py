@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import GGUF_CONFIG_MAPPING
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from kbit_inductor import huggingface
@@ -100,7 +100,8 @@ def form_and_description(model: nn.Module) -> tuple[Form, str, dict[str, Any]]:
     if positions.get("rope_type", "default") != "default":
         raise UnsavableModelError(f"the positions of the model are scaled by {positions['rope_type']!r}, which is not written")
     found = {**config.to_dict(), **positions}
-    keys = {key: found.get(name) for key, name in GGUF_CONFIG_MAPPING[architecture].items() if name}
+    names: Any = GGUF_CONFIG_MAPPING[architecture]
+    keys = {key: found.get(name) for key, name in names.items() if name}
     if keys.get("rope.dimension_count", 0) is None:
         keys["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
     numbers = {f"{architecture}.{key}": value for key, value in keys.items() if isinstance(value, (int, float))}

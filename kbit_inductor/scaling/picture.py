@@ -48,7 +48,7 @@ def _panel(axes: Any, rows: Sequence[Row], law: Law) -> None:
             sizes = np.geomspace(low, high, 40)
             axes.plot(sizes * rate / 1e6, np.exp(predicted(values, sizes / law.largest, bits)), style, color=color, linewidth=1)
     for choice in law.choices:
-        color = "#777777" if choice.extrapolated else "black"
+        shade = "#777777" if choice.extrapolated else "black"
         place = (choice.total_bits / 1e6, 1)
-        axes.annotate(str(choice.bits), place, xycoords=("data", "axes fraction"), color=color, fontsize=8, ha="center")
+        axes.annotate(str(choice.bits), place, xycoords=("data", "axes fraction"), color=shade, fontsize=8, ha="center")
     axes.annotate("best bits:", (0, 1), (-4, 0), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=8)

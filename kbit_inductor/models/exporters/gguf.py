@@ -136,7 +136,5 @@ def _writer(path: Path, architecture: str, description: Mapping[str, Any], like:
         raise ModelMismatchError(f"{like} is of the architecture {theirs!r}, the model of {architecture!r}")
     for key, field in fields.items():
         if not key.startswith(NOT_COPIED):
-            writer.add_key_value(
-                key, field.contents(), *field.types[:1], sub_type=field.types[-1] if len(field.types) > 1 else None
-            )
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None)
     return writer

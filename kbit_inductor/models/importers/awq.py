@@ -47,4 +47,5 @@ def _rows(words: Tensor, part: slice) -> Tensor:
     """Rows ``part`` of the transpose of ``words`` ``[K, N / 8]``, uint8 ``[R, K]``."""
     first, end = part.start // FIELDS, -(-part.stop // FIELDS)
     codes = unpack_fields(words[:, first:end], BITS, FIELDS * (end - first)).unflatten(1, (-1, FIELDS))[..., list(FIELD_OF_ROW)]
-    return codes.flatten(1)[:, part.start - FIELDS * first : part.stop - FIELDS * first].t()
+    rows: Tensor = codes.flatten(1)[:, part.start - FIELDS * first : part.stop - FIELDS * first].t()
+    return rows

@@ -89,4 +89,5 @@ def _absmax(layer: Layer, state: Mapping[str, Any], blocks: int) -> Tensor:
     scale = layer.get("weight.nested_absmax", FLOAT32, (-(-blocks // size),))
     table = layer.get("weight.nested_quant_map", FLOAT32, (256,))
     # In float32, as bitsandbytes does.
-    return (table[codes.int()] * scale[torch.arange(blocks) // size] + offset).double()
+    absmax: Tensor = table[codes.int()] * scale[torch.arange(blocks) // size] + offset
+    return absmax.double()

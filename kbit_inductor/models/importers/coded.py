@@ -164,11 +164,13 @@ def _stored_grid(scale: Tensor, offset: Tensor | None) -> StoredGrid:
 
 
 def _rounded(scale: Tensor, offset: Tensor | None, unit: float) -> StoredGrid:
-    halves = [None if numbers is None else (numbers / unit).half() for numbers in (scale, offset)]
-    same = [
-        half is None or torch.equal(half.double() * unit, numbers) for half, numbers in zip(halves, (scale, offset), strict=True)
-    ]
-    return StoredGrid(halves[0], halves[1], torch.tensor([unit]), same[0], all(same))  # type: ignore[arg-type]
+    def half(numbers: Tensor) -> tuple[Tensor, bool]:
+        rounded = (numbers / unit).half()
+        return rounded, torch.equal(rounded.double() * unit, numbers)
+
+    halves, same = half(scale)
+    offsets, offsets_same = (None, True) if offset is None else half(offset)
+    return StoredGrid(halves, offsets, torch.tensor([unit]), same, same and offsets_same)
 
 
 def _decoded(levels: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:

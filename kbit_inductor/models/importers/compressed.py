@@ -48,7 +48,8 @@ def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
     codes = _packed_codes(layer, rows, columns, bits) if packed else _plain_codes(layer, rows, columns, bits)
 
     def ordered(part: slice) -> Tensor:
-        return codes(part) if order is None else codes(part)[:, order]
+        found: Tensor = codes(part)
+        return found if order is None else found.index_select(1, order)
 
     zero = _zero(layer, rows, groups, bits, packed)
     return CodedWeight(ordered, rows, columns, bits, group_size, scale.double(), zero, order=order)
@@ -71,7 +72,8 @@ def _zero(layer: Layer, rows: int, groups: int, bits: int, packed: bool) -> Tens
     if packed:
         words = layer.get("weight_zero_point", (torch.int32,), (word_count(rows, bits), groups))
         return unpack_fields(words.t(), bits, rows).t().double()
-    return layer.get("weight_zero_point", (torch.int8,), (rows, groups)).double() + 2 ** (bits - 1)
+    stored: Tensor = layer.get("weight_zero_point", (torch.int8,), (rows, groups)).double()
+    return stored.add(2 ** (bits - 1))
 
 
 def _scheme(layer: Layer, packed: bool) -> Mapping[str, Any]:

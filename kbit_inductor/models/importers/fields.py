@@ -22,7 +22,7 @@ def unpack_fields(words: Tensor, bits: int, count: int) -> Tensor:
     eight = torch.zeros(data.shape[:2], dtype=torch.int64)  # fields, which lie in so many bytes as a field has bits
     for byte in range(bits):
         eight |= data[..., byte].long() << (8 * byte)
-    fields = (eight.unsqueeze(-1) >> (bits * torch.arange(8))) & (2**bits - 1)
+    fields: Tensor = (eight.unsqueeze(-1) >> (bits * torch.arange(8))) & (2**bits - 1)
     return fields.to(torch.uint8).flatten(1)[:, :count]
 
 

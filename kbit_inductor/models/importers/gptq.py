@@ -82,6 +82,7 @@ def column_order(layer: Layer, suffix: str, columns: int, group_size: int) -> Te
 
 def _bits(layer: Layer, words: Tensor, columns: int) -> int:
     """What the option says, or for a layer with bits of its own, what the width of a row says."""
+    bits: int
     for bits in (layer.option("bits", int), *range(1, MAX_BITS + 1)):
         if 1 <= bits <= MAX_BITS and words.dim() == 2 and words.size(0) == word_count(columns, bits):
             return bits
@@ -92,7 +93,7 @@ def _bits(layer: Layer, words: Tensor, columns: int) -> int:
 
 def _group_size(layer: Layer, scale: Tensor, columns: int) -> int:
     """What the option says, or for a layer with groups of its own, what their number says."""
-    told = layer.option("group_size", int, -1)
+    told: int = layer.option("group_size", int, -1)
     groups = max(scale.size(0), 1) if scale.dim() else 1
     if 1 <= told <= columns and group_count(columns, told) == groups:
         return told

@@ -44,7 +44,8 @@ def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
     def codes(part: slice) -> Tensor:
         group = torch.arange(part.start * in_row, part.stop * in_row)
         share, shift = group % words.size(0), (per_word - 1 - group // words.size(0)) * bits
-        return (words[share].int() >> shift[:, None] & (2**bits - 1)).to(torch.uint8).view(-1, columns)
+        found: Tensor = words[share].int() >> shift[:, None] & (2**bits - 1)
+        return found.to(torch.uint8).view(-1, columns)
 
     return CodedWeight(codes, rows, columns, bits, group_size, scale, zero)
 

@@ -71,7 +71,8 @@ def _coded(model: fx.GraphModule, node: fx.Node) -> CodedWeight | None:
     below = 2 ** (bits - 1)
 
     def codes(part: slice) -> Tensor:
-        return (values[part].int() + below).to(torch.uint8)
+        found: Tensor = values[part].int() + below
+        return found.to(torch.uint8)
 
     return CodedWeight(codes, rows, columns, bits, max(columns, 1), step, middle + below)
 

@@ -70,6 +70,7 @@ def _coded(name: str, weight: Any) -> CodedWeight:
     assert scale is not None
 
     def codes(part: slice) -> Tensor:
-        return (values[part].int() + low).to(torch.uint8)
+        found: Tensor = values[part].int() + low
+        return found.to(torch.uint8)
 
     return CodedWeight(codes, rows, columns, bits, group_size, scale, None if zero is None else zero + low)
