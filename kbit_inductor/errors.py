@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
-class KbitError(Exception):
-    """Base of every error that this package raises for a mistake of its caller."""
+from kbit_inductor.lowering.errors import KbitError as KbitError
+from kbit_inductor.lowering.errors import OperandMismatchError as OperandMismatchError
+from kbit_inductor.lowering.errors import WrongDeviceError as WrongDeviceError
 
 
 class UnknownOptionError(KbitError, TypeError):
@@ -29,14 +29,6 @@ class UnsupportedDtypeError(KbitError, TypeError):
 
 class UnsupportedShapeError(KbitError, ValueError):
     """A weight that is neither a matrix nor a batch of matrices."""
-
-
-class WrongDeviceError(KbitError, RuntimeError):
-    """A product or look-up whose input is on another device than its packed weight."""
-
-
-class OperandMismatchError(KbitError, ValueError):
-    """Packed operands that are not those of the bits, group size and columns that an operator is called with."""
 
 
 class InvalidPassError(KbitError, ValueError):

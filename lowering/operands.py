@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from kbit_inductor.errors import OperandMismatchError, WrongDeviceError
 from kbit_inductor.kernels.layout import group_count
 from kbit_inductor.kernels.words import WordLayout
+from kbit_inductor.lowering.errors import OperandMismatchError, WrongDeviceError
 
 Shape = tuple[int, ...]
 
