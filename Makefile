@@ -21,7 +21,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export docs tutorial coverage sanitize fuzz-files lint format typecheck \
+.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks docs tutorial coverage sanitize fuzz-files lint format typecheck \
 	typing-tree compiler clean distclean
 
 help:  ## say what there is to make
@@ -70,6 +70,10 @@ test: compiler $(VENV)/.installed  ## run the tests
 test-export: compiler $(VENV)/.installed  ## run the tests that compile a package and the example in C++ (needs cmake)
 	@echo "== tests of exported packages"
 	@KBIT_TEST_EXPORT=1 $(BIN)/python -m pytest tests/test_export.py
+
+test-benchmarks: compiler $(VENV)/.installed  ## run the tests that try every part of the CPU benchmarks on tiny models
+	@echo "== tests of the benchmarks"
+	@KBIT_TEST_BENCHMARKS=1 $(BIN)/python -m pytest tests/test_benchmarks.py
 
 coverage: compiler $(VENV)/.installed  ## run the tests and measure their coverage: a quarter longer
 	@echo "== tests, with coverage"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from cpu import breakdown, ceilings, contender, layers, minilm, models, ours, peers, plots, run, tables, timing  # noqa: E402
 
+compiles = pytest.mark.skipif("KBIT_TEST_BENCHMARKS" not in os.environ, reason="compiles for a minute: make test-benchmarks")
 SHORT = timing.Budget(seconds=0.0, rounds=1, turn=0.0, rest=False)
 # Relative error of y for weights from a normal distribution, with room for a peer's poorest grid: three halves of what it has.
 ERRORS = {32: 1e-5, 16: 0.005, 8: 0.02, 7: 0.03, 6: 0.05, 5: 0.08, 4: 0.18, 3: 0.35, 2: 0.9, 1: 1.0}
@@ -182,6 +184,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return json.loads((folder / "cpu.json").read_text(encoding="utf-8")), folder
 
 
+@compiles
 def test_quick_run_has_every_part(quick: tuple[dict[str, Any], Path]) -> None:
     results, folder = quick
     assert {"quick", "machine", *run.PARTS} == set(results)
@@ -192,6 +195,7 @@ def test_quick_run_has_every_part(quick: tuple[dict[str, Any], Path]) -> None:
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@compiles
 def test_rows_have_their_figures(quick: tuple[dict[str, Any], Path]) -> None:
     results, _ = quick
     for row in results["layers"]["rows"]:
@@ -207,6 +211,7 @@ def test_rows_have_their_figures(quick: tuple[dict[str, Any], Path]) -> None:
         assert set(row["parts"]) == {part for part, _ in breakdown.PARTS} | {breakdown.REST}
 
 
+@compiles
 def test_tables_show_every_row(quick: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     results, _ = quick
     grids = tables.grids(results)
@@ -229,6 +234,7 @@ def test_tables_show_every_row(quick: tuple[dict[str, Any], Path], tmp_path: Pat
     assert tables.BEGIN in (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
+@compiles
 def test_only_measures_what_is_asked(quick: tuple[dict[str, Any], Path]) -> None:
     results, folder = quick
     run.main(["--quick", "--only", "ceilings", "--json", str(folder / "cpu.json"), "--pictures", str(folder)])
@@ -238,12 +244,14 @@ def test_only_measures_what_is_asked(quick: tuple[dict[str, Any], Path]) -> None
         run.main(["--only", "nothing"])
 
 
+@compiles
 def test_pictures_need_no_ceilings(quick: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     results = {key: value for key, value in quick[0].items() if key != "ceilings"}
     assert plots.layers(results, tmp_path / "layers.png").exists()
     assert tables.grids(results)
 
 
+@compiles
 def test_processes_say_why_they_fail(tmp_path: Path) -> None:
     models.prepare_tiny(tmp_path)
     results = models.measure(tmp_path, ["eager-float12", "kbit-9"], repeats=1)
@@ -268,6 +276,7 @@ def test_greedy_generates_what_the_model_prefers(tmp_path: Path) -> None:
     assert loaded.cache_bytes == 2 * 2 * 32 * 16 * 4  # keys and values, layers, width, tokens, bytes
 
 
+@compiles
 @torch.no_grad()
 def test_encoders_agree() -> None:
     """All but the quantized rows give the float model's vectors, padding or not."""
