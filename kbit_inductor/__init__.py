@@ -59,7 +59,6 @@ from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
 from kbit_inductor.lora import init_lora_
-from kbit_inductor.models.export import export
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.gguf_model import from_gguf
@@ -67,6 +66,7 @@ from kbit_inductor.models.importers.checkpoint import from_checkpoint
 from kbit_inductor.models.importers.onnx import from_onnx
 from kbit_inductor.models.importers.pt2e import from_pt2e
 from kbit_inductor.models.importers.torchao import from_torchao
+from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
 from kbit_inductor.passes.record import Pass

@@ -22,8 +22,8 @@ from kbit_inductor.capture import Context, Use
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError, ModelCallError
 from kbit_inductor.expectation import Clock, Expectation
+from kbit_inductor.explain_page import Steps, render
 from kbit_inductor.models.modules import PackedMatrix, matrix_of
-from kbit_inductor.page import Steps, render
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
 from kbit_inductor.views import WeightView

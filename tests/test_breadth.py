@@ -30,7 +30,10 @@ def test_the_page_is_what_the_results_say() -> None:
 
 def test_every_measured_row_is_within_its_bound() -> None:
     runs = {(name, way): run for name, row in RESULTS["rows"].items() for way, run in row["runs"].items()}
-    assert not [key for key, run in runs.items() if "failed" not in run and run["error"] > run["bound"]]
+    measured = {key: run for key, run in runs.items() if "failed" not in run}
+    assert not [key for key, run in measured.items() if run["error"] > run["bound"]]
+    # Of these the bound tells nothing, since rounding the weights moves the result by less. The page counts them as not right.
+    assert [key for key, run in measured.items() if not report.is_right(run)] == [("groupvit", "8 bits, dynamic")]
     assert not [key for key, run in runs.items() if run.get("graph_breaks") or run.get("recompiles")]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import fusions
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -20,15 +21,7 @@ from kbit_inductor.kernels.cpu import build, compiler
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = int(os.environ.get("KBIT_TEST_EXAMPLES", "150"))
 UNIT_ROUNDOFF = 2.0**-24  # of float32
-ACTIVATIONS = {
-    "": lambda x: x,
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+ACTIVATIONS = {"": lambda x: x, **fusions.ACTIVATIONS}
 build.load()
 ISAS = torch.ops.kbit.isas_cpu()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import kbit_inductor as kbit
 from kbit_inductor.lowering import cpu
-from kbit_inductor.models import export as exporting
+from kbit_inductor.models import package as exporting
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.testing import relative_error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusions import OPTIONS, Compiled
+from fusions import ACTIVATIONS, OPTIONS, Compiled
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,16 +60,6 @@ def test_siblings_may_differ_in_bits():
 def test_siblings_that_read_x_differently_stay_apart(override):
     compiled = Compiled(Siblings(5, 16), torch.randn(3, 24), overrides={"parts.1": override})
     assert not compiled.fusions and compiled.products() == 2
-
-
-ACTIVATIONS = {
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
 class Sandwich(nn.Module):

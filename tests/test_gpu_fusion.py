@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusions import ACTIVATIONS
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -72,16 +73,6 @@ class Sandwich(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.linear(x), x, self.other(x))
-
-
-ACTIVATIONS = {
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

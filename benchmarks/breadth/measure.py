@@ -120,7 +120,10 @@ def measure(model: nn.Module, inputs: dict[str, Any], way: Way) -> dict[str, Any
         counter = _Count()
         _, of_eager, graphs_of_eager = _run(model, inputs, counter, way.dynamic)
         breaks, recompiled = breaks - of_eager, recompiled - (counter.graphs - graphs_of_eager)
-    capture = lambda compiler, given: _run(model, given, compiler, way.dynamic, again=False)[0]  # noqa: E731
+
+    def capture(compiler: Any, given: dict[str, Any]) -> Any:
+        return _run(model, given, compiler, way.dynamic, again=False)[0]
+
     reference = twin(model, config, recorder.computed, capture)
     torch.manual_seed(0)
     exact = reference(**inputs)

@@ -26,9 +26,9 @@ from kbit_inductor.cli.tune import tune
 from kbit_inductor.debug.bisect import bisect as bisect_model
 from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
-from kbit_inductor.models.export import export
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
+from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 

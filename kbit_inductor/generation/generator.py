@@ -202,10 +202,13 @@ class Generator:
             yield token
             if position == last or bool(ended.all()):
                 return
-            if self._text != text:
-                raise InterruptedStreamError("the generator has begun another text; make a second Generator to write two at a time")
+            self._check_uninterrupted(text)
             logits = self._step(position, token[:, None], padding)
             position += 1
+
+    def _check_uninterrupted(self, text: int) -> None:
+        if self._text != text:
+            raise InterruptedStreamError("the generator has begun another text; make a second Generator to write two at a time")
 
     def _begin(self, ids: Tensor, padding: Tensor) -> Tensor:
         """The logits that follow the prompt, which is in the cache afterwards."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kbit_inductor.errors import InterruptedStreamError, InvalidOptionError, InvalidSamplingError
+from kbit_inductor.errors import InvalidOptionError, InvalidSamplingError
 from kbit_inductor.generation.generator import EXAMPLE, Generator, Options, at_least
 from kbit_inductor.precision import cascades, precision
 
@@ -98,8 +98,7 @@ class SpeculativeGenerator(Generator):
                 yield token
                 if position == last or bool(torch.isin(token, ends)):
                     return
-                if self._text != text:
-                    raise InterruptedStreamError("the generator has begun another text; make a second one to write two at a time")
+                self._check_uninterrupted(text)
                 position += 1
             known = self._next(position - 1, known[-1], padding, choose)
 

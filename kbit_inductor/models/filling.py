@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from kbit_inductor.errors import ModelMismatchError
+from kbit_inductor.logs import logger
 from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.models.surgery import packed_module
 from kbit_inductor.packing import PackedWeight
+
+log = logger("pack")
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -54,20 +57,22 @@ def check_shape(name: str, tensor: Tensor, found: tuple[int, ...]) -> None:
         raise ModelMismatchError(f"{name} of the model is {tuple(tensor.shape)}, of the file {found}; give the file of this model")
 
 
-def check_filled(model: nn.Module, names: Iterable[str], source: object) -> None:
-    """Raise ModelMismatchError where one of the tensors ``names`` still has no values."""
+def finish(model: nn.Module, names: Iterable[str], rounded: dict[str, float], source: object) -> None:
+    """Tell of the ``rounded`` weights, and raise ModelMismatchError where one of the tensors ``names`` still has no values."""
+    tell_rounded(rounded, source)
     missing = [name for name in names if (found := tensors(model).get(name)) is not None and found.is_meta]
     if missing:
         raise ModelMismatchError(f"{source} has no {missing[0]!r}, which the model has ({len(missing)} such tensors)")
 
 
-def rounding_note(rounded: dict[str, float]) -> str:
-    """What to tell of weights, by name, whose values are not all those of the file."""
-    worst = max(rounded, key=lambda name: rounded[name])
-    return (
-        f"packed weights whose scales or levels were rounded, as the storage format does not hold them: {len(rounded)}; "
-        f"the largest error is {rounded[worst] ** 0.5:.2g} of the norm of {worst}"
-    )
+def tell_rounded(rounded: dict[str, float], source: object) -> None:
+    """Log, once for all, which weights of ``source`` have not all the values of the file: by name, their squared relative error."""
+    if rounded:
+        worst = max(rounded, key=lambda name: rounded[name])
+        log.warning(
+            "%s: packed weights whose scales or levels were rounded, as the storage format does not hold them: %d; "
+            "the largest error is %.2g of the norm of %s", source, len(rounded), rounded[worst] ** 0.5, worst,
+        )  # fmt: skip
 
 
 def _places(model: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str, nn.Module]]:

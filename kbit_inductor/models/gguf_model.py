@@ -67,9 +67,7 @@ def from_gguf(path: str | Path) -> nn.Module:
     if in_float:
         counts = ", ".join(f"{count} of {kind}" for kind, count in in_float.items())
         log.warning("weights of types that the storage format has no form for stay in float: %s; quantize_ packs them", counts)
-    if rounded:
-        log.warning("%s: %s", path, filling.rounding_note(rounded))
-    filling.check_filled(model, left, path)
+    filling.finish(model, left, rounded, path)
     return model
 
 

@@ -91,9 +91,7 @@ def from_checkpoint(folder: str | Path, model: Callable[[], nn.Module] | None = 
             trim_heap()
             progress.advance(name)
     _put_floats(built, tensors, layers)
-    if rounded:
-        log.warning("%s: %s", folder, filling.rounding_note(rounded))
-    filling.check_filled(built, left, folder)
+    filling.finish(built, left, rounded, folder)
     return built
 
 

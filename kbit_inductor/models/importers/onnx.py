@@ -71,9 +71,7 @@ def from_onnx(path: str | Path, model: Callable[[], nn.Module], *, exact: bool =
     for name in filling.tensors(built):
         if name in tensors:
             filling.put_float(built, name, _values(tensors[name]))
-    if rounded:
-        log.warning("%s: %s", path, filling.rounding_note(rounded))
-    filling.check_filled(built, left, path)
+    filling.finish(built, left, rounded, path)
     return built
 
 

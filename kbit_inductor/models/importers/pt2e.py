@@ -50,8 +50,7 @@ def from_pt2e(model: fx.GraphModule, *, exact: bool = True) -> fx.GraphModule:
         model.graph.erase_node(node)
     _remove_unused(model)
     model.recompile()
-    if rounded:
-        log.warning("%s", filling.rounding_note(rounded))
+    filling.tell_rounded(rounded, type(model).__name__)
     return model
 
 

@@ -44,8 +44,7 @@ def from_torchao(model: nn.Module, *, exact: bool = True) -> nn.Module:
         matrix = PackedMatrix(packed, weight.rows, module.weight.dtype)
         model.set_submodule(name, packed_module(module, matrix).train(module.training))
         rounded |= {name: packed.error} if packed.error else {}
-    if rounded:
-        log.warning("%s", filling.rounding_note(rounded))
+    filling.tell_rounded(rounded, type(model).__name__)
     return model
 
 
