@@ -86,11 +86,23 @@ class WideCodebook {
   __m512i low_, high_;
 };
 
+// Far ahead into the L2 cache, where there is room for many lines on their way, and from there into L1.
+constexpr int64_t kFar = 8192, kNear = 768;  // bytes
+
+template <int Bytes>
+inline void prefetch(const uint8_t* words) {
+  for (int line = 0; line < Bytes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(words) + kFar + line, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(words) + kNear + line, _MM_HINT_T0);
+  }
+}
+
 template <class Levels>
 void unpack_levels(const uint8_t* words, int bits, const Levels& levels, int64_t quads, uint8_t* out) {
   const Unpacker unpacker(bits);
-  for (int64_t quad = 0; quad < quads; ++quad) {
-    _mm512_storeu_si512(out + quad * kCodesPerQuad, levels.of(unpacker.codes<64>(words + quad * 8 * bits)));
+  for (int64_t quad = 0; quad < quads; ++quad, words += 8 * bits) {
+    prefetch<64>(words);
+    _mm512_storeu_si512(out + quad * kCodesPerQuad, levels.of(unpacker.codes<64>(words)));
   }
 }
 
@@ -155,21 +167,12 @@ struct Scales {
   }
 };
 
-// Far ahead into the L2 cache, where there is room for many lines on their way, and from there into L1.
-constexpr int64_t kFar = 8192, kNear = 768;  // bytes
-
-template <int Bytes>
-inline void prefetch(const uint8_t* words) {
-  for (int line = 0; line < Bytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(words) + kFar + line, _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(words) + kNear + line, _MM_HINT_T0);
-  }
-}
-
 // The scales and offsets of a group lie in one line of a row block's grid, or in half a one: that many lines are asked for meanwhile.
 inline void prefetch_grid(const uint8_t* block, int64_t group) {
   _mm_prefetch(reinterpret_cast<const char*>(block) + kFar + group * 64, _MM_HINT_T1);
 }
+
+constexpr int kFewRows = 4;
 
 // Few rows of x: the levels go from the unpacking straight into the products, and the sums stay in registers.
 template <class Levels, int Rows, int Bytes>
@@ -258,6 +261,51 @@ void dot_few(const TiledWeight& weight, const uint8_t* block, const ActivationBl
     case 4: return dot_few<Uniform, Rows, 32>(weight, block, x, sums);
     default: return dot_few<Uniform, Rows, 64>(weight, block, x, sums);
   }
+}
+
+// More rows of x, still one block of them: unpacking hides behind the products, which leave no registers for the sums.
+template <class Levels, int Rows>
+void dot_block(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+  const Unpacker unpacker(weight.bits);
+  const Levels levels(weight.levels);
+  const __m128i shift = _mm_cvtsi32_si128(Levels::bits(weight) - 1);
+  const int64_t bytes = 8 * weight.bits;
+  const uint8_t* words = block + weight.grid_bytes;
+  ActivationSegment part{x.codes, x.scale, x.negative_sum, nullptr};
+  std::memset(sums, 0, Rows * kTileRows * sizeof(float));
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    prefetch_grid(block, group);
+    const Grid grid(weight, block, group);
+    part.sum = x.sum + group * Rows;
+    for (int64_t left = weight.quads_of(group); left > 0; left -= kSegmentQuads) {
+      const int64_t quads = left < kSegmentQuads ? left : kSegmentQuads;
+      __m512i totals[Rows];
+#pragma GCC unroll 16
+      for (int b = 0; b < Rows; ++b) totals[b] = _mm512_sll_epi32(_mm512_set1_epi32(part.negative_sum[b]), shift);
+      for (int64_t quad = 0; quad < quads; ++quad, words += bytes, part.codes += Rows * kQuad) {
+        prefetch<64>(words);
+        const __m512i w = levels.of(unpacker.codes<64>(words));
+#pragma GCC unroll 16
+        for (int b = 0; b < Rows; ++b) multiply(totals[b], w, part.codes + b * kQuad);
+      }
+      add_totals(totals, grid, part, sums);
+      part.scale += Rows, part.negative_sum += Rows, part.sum = nullptr;
+    }
+  }
+}
+
+template <class Levels, int Rows = kActivationRows>
+void dot_block_rows(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+  if constexpr (Rows > kFewRows) {
+    if (x.rows == Rows) return dot_block<Levels, Rows>(weight, block, x, sums);
+    dot_block_rows<Levels, Rows - 1>(weight, block, x, sums);
+  }
+}
+
+void dot_block(const TiledWeight& weight, const uint8_t* block, const ActivationBlock& x, float* sums) {
+  if (!weight.levels) return dot_block_rows<Uniform>(weight, block, x, sums);
+  if (weight.bits < 7) return dot_block_rows<Codebook>(weight, block, x, sums);
+  dot_block_rows<WideCodebook>(weight, block, x, sums);
 }
 
 // One bit, one row of x: partial sums of 4 activations are looked up by 4 weights, after T-MAC (Wei et al., 2024): 7 instructions for
@@ -354,7 +402,7 @@ void dot_avx512vnni(const TiledWeight& weight, int64_t row_block, const Activati
       case 2: return dot_few<2>(weight, weight.block(row_block), *blocks, sums);
       case 3: return dot_few<3>(weight, weight.block(row_block), *blocks, sums);
       case 4: return dot_few<4>(weight, weight.block(row_block), *blocks, sums);
-      default: break;
+      default: return dot_block(weight, weight.block(row_block), *blocks, sums);
     }
   }
   dot<Avx512Vnni>(weight, row_block, blocks, count, sums);
