@@ -21,7 +21,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks docs tutorial coverage sanitize fuzz-files lint format typecheck \
+.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks docs tutorial coverage sanitize fuzz-files kills lint format typecheck \
 	typing-tree compiler clean distclean
 
 help:  ## say what there is to make
@@ -88,11 +88,16 @@ sanitize: compiler $(VENV)/.installed  ## the CPU kernels' tests under the addre
 	CXX="$(CXX) $(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 KBIT_TEST_EXAMPLES=60 \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py
 
-# It is told how the files ended: read, or by which error.
+# Both write what they count to benchmarks/results/reliability.json and docs/testing.md.
 N := 10000
 fuzz-files: compiler $(VENV)/.installed  ## N=10000 damaged files of each format that is read: none may crash
 	@echo "== $(N) damaged files of each format"
-	@KBIT_TEST_EXAMPLES=$(N) $(BIN)/python -m pytest -q tests/test_import_damage.py
+	@$(BIN)/python benchmarks/reliability.py --files $(N) --kills 0
+
+KILLS := 100
+kills: compiler $(VENV)/.installed  ## KILLS=100 saves killed at random moments: an old or a new model is left, never half of one
+	@echo "== $(KILLS) killed saves"
+	@$(BIN)/python benchmarks/reliability.py --files 0 --kills $(KILLS)
 
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "== installing mkdocs"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from kbit_inductor import row_parts
 from kbit_inductor._compat import no_modes
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import InvalidOptionError, NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
@@ -21,11 +22,9 @@ from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics, cascade
 
 STORED = ("planes", "scale", "offset", "global_scale", "codebook")
 """Names of the operands of the storage format."""
-UNPACKED_AT_ONCE = 1 << 17  # codes
+ROWS_OF_HEADER = slice(16, 24)  # bytes of the CPU kernels' layouts: int64, how many rows there are
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = tuple[Tensor, ...]
-Grid = tuple[Tensor, "Tensor | None", Tensor]
-"""``scale, offset, global_scale``; a symmetric grid has no offset."""
 T = TypeVar("T")
 
 
@@ -95,22 +94,44 @@ class PackedWeight:
         if layout == self.layout:
             return self
         with no_modes():
-            codes, grid, codebook = self._codes()
-            return dataclasses.replace(self, operands=_laid_out(codes, grid, codebook, self.config, layout), layout=layout)
+            parts = ((part, self._rows(part)) for part in row_parts.parts(self.rows, self.columns))
+            global_scale, codebook = self._whole()
+            if layout in TILED_LAYOUTS:
+                operands: Operands = (_tiled(parts, self.rows, self.columns, global_scale, codebook, self.config, layout),)
+            else:
+                shared = (global_scale, codebook)
+                pieces = ((part, _laid_out(rows, *shared, self.config, layout)) for part, rows in parts)
+                operands = tuple(row_parts.joined(pieces, operand_specs(self.rows, self.columns, self.config, layout)))
+            return dataclasses.replace(self, operands=operands, layout=layout)
 
-    def _codes(self) -> tuple[Tensor, Grid, Tensor | None]:
-        """Codes, uint8 ``[N, K]``, grid and codebook."""
+    @property
+    def rows(self) -> int:
+        """N."""
         if self.layout in TILED_LAYOUTS:
-            codes, scale, zero, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0])
-            offset = None if self.config.symmetric else zero
-            if self.config.cascade:
-                scale, offset = (grid.view(self.config.bits, len(codes), grid.size(1)) for grid in (scale, zero))
-            return codes, (scale, offset, global_scale), levels if levels.numel() else None
-        planes, scale, offset, global_scale, codebook = plane_operands(self.operands, self.config)
+            return int(self.operands[0][ROWS_OF_HEADER].view(torch.int64))
+        return self.operands[0].size(-2)
+
+    def _whole(self) -> tuple[Tensor, Tensor | None]:
+        """What belongs to no row: global scale and codebook."""
+        if self.layout in TILED_LAYOUTS:
+            *_, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0], 0, 0)
+            return global_scale, levels if levels.numel() else None
+        *_, global_scale, codebook = plane_operands(self.operands, self.config)
+        return global_scale, codebook
+
+    def _rows(self, part: slice) -> row_parts.Rows:
+        """Codes and grids of some rows."""
+        if self.layout in TILED_LAYOUTS:
+            codes, scale, zero, *_ = torch.ops.kbit.untile_cpu(self.operands[0], part.start, part.stop)
+            return row_parts.Rows(codes, scale, None if self.config.symmetric else zero)
+        packed, scale, offset, *_ = plane_operands(self.operands, self.config)
         if self.layout == "words":
-            codes = unpack_words(planes, self.config.bits, self.columns, self.config.group_columns(self.columns))
-            return codes, (scale.t().contiguous(), None if offset is None else offset.t().contiguous(), global_scale), codebook
-        return _unpacked(planes, self.columns), (scale, offset, global_scale), codebook
+            codes = unpack_words(packed[part], self.config.bits, self.columns, self.config.group_columns(self.columns))
+            grids = (None if grid is None else grid[:, part].t().contiguous() for grid in (scale, offset))
+        else:
+            codes = unpack_codes(packed[:, part], self.columns)
+            grids = (None if grid is None else grid[..., part, :] for grid in (scale, offset))
+        return row_parts.Rows(codes, *grids)
 
 
 @torch.no_grad()
@@ -141,36 +162,43 @@ def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: S
     columns = weight.size(1)
     if config.cascade:
         nested = cascade(weight, config.format(columns), statistics)
-        laid_out = _laid_out(nested.codes, (nested.scale, nested.offset, nested.global_scale), None, config, layout)
+        laid_out = _laid_out(row_parts.Rows(nested.codes, nested.scale, nested.offset), nested.global_scale, None, config, layout)
         return PackedWeight(laid_out, config, columns, nested.errors[-1], layout)
     quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
-    grid = (quantized.scale, quantized.offset, quantized.global_scale)
+    rows = row_parts.Rows(quantized.codes, quantized.scale, quantized.offset)
     codebook = Levels(config.bits, config.levels()).table(weight.device)
-    return PackedWeight(_laid_out(quantized.codes, grid, codebook, config, layout), config, columns, quantized.error, layout)
+    operands = _laid_out(rows, quantized.global_scale, codebook, config, layout)
+    return PackedWeight(operands, config, columns, quantized.error, layout)
 
 
-def _unpacked(planes: Tensor, columns: int) -> Tensor:
-    """The codes of ``planes``, some rows at a time: what is computed on the way takes several times their bytes."""
-    rows = planes.size(1)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=planes.device)
-    step = max(1, UNPACKED_AT_ONCE // max(columns, 1))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        codes[part] = unpack_codes(planes[:, part], columns)
-    return codes
-
-
-def _laid_out(codes: Tensor, grid: Grid, codebook: Tensor | None, config: LayerConfig, layout: str) -> Operands:
-    """Operands of ``codes``, uint8 ``[N, K]``, in ``layout``."""
+def _laid_out(rows: row_parts.Rows, global_scale: Tensor, codebook: Tensor | None, config: LayerConfig, layout: str) -> Operands:
+    """Operands in ``layout`` of a matrix that has just ``rows``."""
+    codes, scale, offset = rows
     if layout in TILED_LAYOUTS:
-        group_size = config.group_columns(codes.size(1))
-        return (torch.ops.kbit.tile_cpu(codes, *grid, config.bits, group_size, codebook, layout == "vectors", config.cascade),)
+        return (_tiled([(slice(0, len(codes)), rows)], *codes.shape, global_scale, codebook, config, layout),)
     if layout == "words":
-        words = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
-        scale, offset, global_scale = grid
-        groups_first = (scale.t().contiguous(), None if offset is None else offset.t().contiguous())
-        return tuple(tensor for tensor in (words, *groups_first, global_scale, codebook) if tensor is not None)
-    return (pack_codes(codes, config.bits), *(tensor for tensor in (*grid, codebook) if tensor is not None))
+        packed = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
+        scale, offset = scale.t().contiguous(), None if offset is None else offset.t().contiguous()
+    else:
+        packed = pack_codes(codes, config.bits)
+    return tuple(tensor for tensor in (packed, scale, offset, global_scale, codebook) if tensor is not None)
+
+
+def _tiled(
+    parts: Iterable[tuple[slice, row_parts.Rows]],
+    rows: int,
+    columns: int,
+    global_scale: Tensor,
+    codebook: Tensor | None,
+    config: LayerConfig,
+    layout: str,
+) -> Tensor:
+    """A weight in a layout of the CPU kernels, written part by part."""
+    told = (config.bits, config.group_columns(columns), config.symmetric, codebook, layout == "vectors", config.cascade)
+    packed: Tensor = torch.ops.kbit.empty_tiled_cpu(rows, columns, global_scale, *told)
+    for part, found in parts:
+        torch.ops.kbit.tile_rows_cpu(packed, part.start, *found)
+    return packed
 
 
 def _pack_batch(weight: Tensor, config: LayerConfig, layout: str) -> PackedWeight:

@@ -7,7 +7,6 @@ Importing this module makes the method ``"kbit"`` known to transformers, which r
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,12 +48,12 @@ class KbitConfig(QuantizationConfigMixin):
         Config.from_options(options)
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' own methods are an enumeration
         self.options = options
-        self.weights = None if weights is None else tuple(map(_weight, weights))
+        self.weights = None if weights is None else tuple(map(StoredWeight.parsed, weights))
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``config.json``. Statistics of a calibration are not in it: the codes are chosen."""
         options = copy.deepcopy({name: value for name, value in self.options.items() if name != "calibration"})
-        weights = None if self.weights is None else [_described(weight) for weight in self.weights]
+        weights = None if self.weights is None else [weight.described() for weight in self.weights]
         return {**options, "quant_method": METHOD, "weights": weights}
 
 
@@ -176,16 +175,3 @@ def _untie(model: PreTrainedModel, layers: Iterable[str]) -> None:
     names = {f"{layer}.weight" for layer in layers}
     tied = model.all_tied_weights_keys
     model.all_tied_weights_keys = {to: of for to, of in tied.items() if not {to, of} & names}
-
-
-def _described(weight: StoredWeight) -> dict[str, Any]:
-    return {**dataclasses.asdict(weight), "layers": list(weight.layers), "options": dict(weight.options)}
-
-
-def _weight(told: Mapping[str, Any]) -> StoredWeight:
-    try:
-        return StoredWeight.parsed(told)
-    except (ValueError, KeyError, TypeError, OverflowError, InvalidOptionError) as error:
-        raise CorruptModelError(
-            f"config.json describes a packed weight that there cannot be ({type(error).__name__}: {error}); save the model again"
-        ) from error

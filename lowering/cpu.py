@@ -46,7 +46,16 @@ TOOLS = {
         "(Tensor codes, Tensor scale, Tensor? offset, Tensor global_scale, int bits, int group_size, Tensor? codebook=None, "
         "bool vectors=False, bool cascade=False) -> Tensor"
     ),
-    "untile_cpu": "(Tensor weight) -> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale, Tensor codebook)",
+    # A weight whose rows are written later, whole blocks of 16 at a time. The rows of a part may be read alone, too.
+    "empty_tiled_cpu": (
+        "(int rows, int columns, Tensor global_scale, int bits, int group_size, bool symmetric, Tensor? codebook=None, "
+        "bool vectors=False, bool cascade=False) -> Tensor"
+    ),
+    "tile_rows_cpu": "(Tensor(a!) weight, int begin, Tensor codes, Tensor scale, Tensor? offset) -> ()",
+    "untile_cpu": (
+        "(Tensor weight, int begin=0, int? end=None) "
+        "-> (Tensor codes, Tensor scale, Tensor offset, Tensor global_scale, Tensor codebook)"
+    ),
     "dequantize_cpu": "(Tensor weight, int begin, int end) -> Tensor",
     "fingerprint": "(Tensor[] tensors) -> int",
     # Of cascades, how many planes are read at most, 0 for all: by this thread, and of one weight by whoever reads it.

@@ -1,17 +1,18 @@
 """Kill processes that save a model, at random moments, and look what is left: ``python tests/kills.py FOLDER KILLS``.
 
-The savers are forks of this process, so that torch is imported once. Prints counts as JSON.
+The savers are forks of this process, so that torch is imported once. Prints counts as JSON. ``tests/test_saving.py`` runs it with
+few kills, and ``make kills`` with many.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import os
 import random
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,11 @@ BITS = (2, 4)
 def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     torch.set_grad_enabled(False)
-    folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+    parser = argparse.ArgumentParser(description="Kill saves at random moments, and count what is left as JSON.")
+    parser.add_argument("folder", type=Path, help="where the models are saved")
+    parser.add_argument("kills", type=int, help="how many saves are killed")
+    told = parser.parse_args()
+    folder, kills = told.folder, told.kills
     models = [kbit.quantize_(model(), {**OPTIONS, "bits": bits}) for bits in BITS]
     outputs = [each(IDS) for each in models]
     begin = time.perf_counter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,33 @@ def test_doctor_tells_what_is_missing_and_the_mend(monkeypatch: pytest.MonkeyPat
     result = kbit_command("doctor")
     assert result.exit_code == 1
     assert "MISSING" in result.output and "no-such-compiler" in result.output and "install g++" in result.output
+
+
+INTERRUPTED = {
+    "quantize": ("kbit_inductor.models.modelfile.save_file", ["-o", "bits=4", "--force"]),
+    "convert": ("kbit_inductor.models.modelfile.save_file", ["--force"]),
+    "convert to gguf": ("kbit_inductor.models.exporters.gguf._writer", ["--to", "gguf", "--force"]),
+    "dequantize": ("safetensors.torch.save_file", ["--force"]),
+    "export": ("kbit_inductor.models.package.compile_package", ["-o", "bits=4"]),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_ctrl_c_leaves_what_was_there(case: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes while the new file is being written."""
+    where, told = INTERRUPTED[case]
+    command, name = case.split()[0], "old.pt2" if case == "export" else "old"
+
+    def write(*arguments: object, **_: object) -> None:
+        path = next(argument for argument in (*arguments[::-1], *arguments) if isinstance(argument, (str, Path)))
+        Path(path).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (tmp_path / name).write_bytes(b"as it was")
+    monkeypatch.setattr(where, write)
+    if case == "dequantize":
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", write)
+    result = kbit_command(command, source, tmp_path / name, *told)
+    assert result.exit_code == 130, result.output
+    assert "interrupted" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"as it was"

@@ -206,6 +206,17 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path) -> None:
     assert seen["whole"] == int(kills) + seen["read while two save"] + 1
 
 
+def test_the_pages_have_the_results_of_the_last_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import llama_tokens
+    import reliability
+
+    counts, tokens = (json.loads(module.RESULTS.read_text()) for module in (reliability, llama_tokens))
+    assert "\n".join(reliability.tables(counts)) in reliability.PAGE.read_text(encoding="utf-8")
+    assert "\n".join(llama_tokens.table(tokens)) in llama_tokens.PAGE.read_text(encoding="utf-8")
+    assert counts["kills"]["whole"] == counts["kills"]["killed"] + counts["kills"]["read while two save"] + 1
+
+
 Change = Callable[[dict[str, object]], object]
 
 

@@ -39,6 +39,7 @@ DTYPES = {
         torch.uint8, torch.bool, torch.complex64,
     )
 }  # fmt: skip
+NOT_WHAT_WAS_WRITTEN = (ValueError, KeyError, TypeError, OverflowError, InvalidOptionError)
 OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook", "cascade")
 
 
@@ -91,13 +92,26 @@ class StoredWeight:
         """How it is stored. The method that chose the codes is not kept."""
         return LayerConfig(**self.options)
 
+    def described(self) -> dict[str, Any]:
+        """It in JSON, as :meth:`parsed` reads it."""
+        return {**dataclasses.asdict(self), "layers": list(self.layers), "options": dict(self.options)}
+
     @classmethod
     def parsed(cls, found: Mapping[str, Any]) -> StoredWeight:
-        """What JSON says of one.
+        """What :meth:`described` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError, OverflowError, InvalidOptionError: it is none.
+            CorruptModelError: it is none.
         """
+        try:
+            return cls._parsed(found)
+        except NOT_WHAT_WAS_WRITTEN as error:
+            raise CorruptModelError(
+                f"a packed weight is described that there cannot be ({type(error).__name__}: {error}); save the model again"
+            ) from error
+
+    @classmethod
+    def _parsed(cls, found: Mapping[str, Any]) -> StoredWeight:
         layers = tuple(_is(str, name) for name in _is(list, found["layers"]))
         size = (_is(int, found["rows"]), _is(int, found["columns"]))
         given = {"cascade": False, **found["options"]}  # folders of older releases do not say
@@ -152,7 +166,9 @@ class Manifest:
             )
         try:
             return cls._parsed(found)
-        except (ValueError, KeyError, TypeError, OverflowError, InvalidOptionError) as error:
+        except CorruptModelError as error:
+            raise CorruptModelError(f"{damaged}: {error}") from error
+        except NOT_WHAT_WAS_WRITTEN as error:
             raise CorruptModelError(f"{damaged} ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -172,7 +188,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the one in ``folder`` in one step, when all is on the disk."""
-        found = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        weights = [weight.described() for weight in self.weights]
+        found = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "weights": weights}
         text = json.dumps(found, indent=1)
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,13 +1,14 @@
 """A packed model as a file that runs without Python: torch.export, then AOTInductor, with the kernels' library beside it.
 
-The kernels are the operators ``kbit::linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. Whoever runs the
-package loads their library first; it needs nothing but torch.
+The kernels are the operators ``kbit::fused_linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. Whoever runs
+the package loads their library first; it needs nothing but torch.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kbit_inductor._compat import compile_package
+from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.config import Config
 from kbit_inductor.errors import (
     InvalidOptionError,
     ModelCallError,
@@ -25,8 +28,11 @@ from kbit_inductor.errors import (
     UnexportableModelError,
 )
 from kbit_inductor.kernels.cpu import build
+from kbit_inductor.logs import logger
 from kbit_inductor.models.surgery import packed_matrices
+from kbit_inductor.passes.fuse import fuse
 
+log = logger("passes")
 LIBRARY = "libkbit.so"
 SUFFIX = "_cpu"  # of the operators that are C++ altogether
 
@@ -66,6 +72,7 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     _check_kernels(model)
     arguments, keywords = _call_of(example)
     program = _captured(model, arguments, keywords, dynamic)
+    log.info("fused into products: %s", dict(fuse_program(program)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".package-", dir=path.parent) as scratch:
         package = Path(scratch) / path.name
@@ -107,6 +114,24 @@ def _captured(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, 
             f"torch.export does not take {type(model).__name__} ({type(error).__name__}, see above); make it exportable, or tell "
             "by 'dynamic' which sizes are fixed"
         ) from error
+
+
+def fuse_program(program: torch.export.ExportedProgram) -> Counter[str]:
+    """Fuse what surrounds the products of ``program`` into them, in place, as ``backend="kbit"`` does; how often, by kind."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # reads what a fusion would move, and checks casts alone
+            graph.erase_node(node)
+        elif isinstance(value := node.meta.get("val"), Tensor):
+            node.meta[VALUE] = value
+    context = Context(graph, Config(), [])
+    fuse(context)
+    for node in graph.nodes:
+        if VALUE in node.meta:
+            node.meta["val"] = node.meta[VALUE]
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return context.fusions
 
 
 def _sizes_that_differ(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a node of Dynamo's graph computes, whichever way it is spelled: activations, RMS norms, attention of a few queries.
+"""What a node of a graph of Dynamo's or of torch.export computes, however it is spelled: activations, RMS norms, attention.
 
 Nothing here changes a graph; :mod:`kbit_inductor.passes.fuse` does.
 """
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 DECODE_QUERIES = 8  # so many queries at most are a decoding step
 ADD = (operator.add, operator.iadd, torch.add, "add", aten.add.Tensor)
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", aten.mul.Tensor)
-CASTS = ("to", "float", "type_as", aten._to_copy.default)
+CASTS = ("to", "float", "type_as", aten._to_copy.default, aten.to.dtype)
 ACTIVATIONS = {
     "silu": (functional.silu, aten.silu.default),
     "relu": (functional.relu, torch.relu, "relu", aten.relu.default),
@@ -144,14 +144,14 @@ def _is_rsqrt(node: Any) -> bool:
 
 
 def _is_mean_square(node: Any, x: fx.Node) -> bool:
-    if not isinstance(node, fx.Node) or node.target not in ("mean", torch.mean):
+    if not isinstance(node, fx.Node) or node.target not in ("mean", torch.mean, aten.mean.dim):
         return False
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
     square = node.args[0]
     if dims not in (-1, [-1], (-1,)) or keeps is not True or not isinstance(square, fx.Node):
         return False
-    return square.target in ("pow", torch.pow, operator.pow) and square.args == (x, 2)
+    return square.target in ("pow", torch.pow, operator.pow, aten.pow.Tensor_Scalar) and square.args == (x, 2)
 
 
 def _uncast(node: Any) -> Any:

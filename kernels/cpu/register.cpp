@@ -305,42 +305,76 @@ Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
   return out;
 }
 
-Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
-                int64_t bits, int64_t group_size, const OptionalTensor& codebook, bool vectors, bool cascade) {
+// Memory for a weight whose rows are yet to be written: header, levels and tail are.
+Tensor empty_tiled_cpu(int64_t rows, int64_t columns, const Tensor& global_scale, int64_t bits, int64_t group_size,
+                       bool symmetric, const OptionalTensor& codebook, bool vectors, bool cascade) {
   TORCH_CHECK(!codebook || !vectors, "bit vectors hold codes, not levels: give no codebook");
   TORCH_CHECK(!cascade || !(codebook || vectors), "a cascade has neither a codebook nor bit vectors");
-  TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
+  TORCH_CHECK(rows >= 0 && columns >= 0, "a weight cannot be ", rows, " x ", columns);
   TORCH_CHECK(bits >= 1 && bits <= 8, "bits must be 1 to 8, got ", bits);
   TORCH_CHECK(group_size >= 1 && group_size < kMaxSize, "group_size must be at least 1, got ", group_size);
-  const TiledLayout layout(static_cast<int>(bits), !offset, codes.size(0), codes.size(1), group_size, codebook.has_value(),
-                           vectors, cascade);
-  const Tensor source = operand(codes, "codes", at::kByte, codes.sizes());
-  at::DimVector grid{layout.rows, layout.groups};
-  if (cascade) grid.insert(grid.begin(), bits);
-  const Tensor steps = operand(scale, "scale", at::kHalf, grid);
-  const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, grid) : Tensor();
+  const TiledLayout layout(static_cast<int>(bits), symmetric, rows, columns, group_size, codebook.has_value(), vectors, cascade);
   const Tensor factor = operand(global_scale, "global_scale", at::kFloat, {1});
   const Tensor levels = codebook ? codebook_operand(*codebook, bits) : Tensor();
   Tensor packed = allocate_packed(layout.nbytes());
   auto* bytes = packed.mutable_data_ptr<uint8_t>();
-  const int64_t begin = kHeaderBytes + layout.codebook_bytes();
-  std::memset(bytes, 0, begin);
+  std::memset(bytes, 0, kHeaderBytes + layout.codebook_bytes());
   std::memset(bytes + layout.nbytes() - kTailBytes, 0, kTailBytes);
   const TiledHeader header{kMagic, static_cast<uint8_t>(bits), layout.symmetric, layout.codebook, layout.vectors,
                            *factor.const_data_ptr<float>(), cascade, 0, 0, layout.rows, layout.columns, layout.group_size};
   std::memcpy(bytes, &header, sizeof header);
   if (codebook) std::memcpy(bytes + kHeaderBytes, levels.const_data_ptr(), levels.numel());
-  tile(layout, source.const_data_ptr<uint8_t>(), reinterpret_cast<const uint16_t*>(steps.const_data_ptr()),
-       offset ? reinterpret_cast<const uint16_t*>(zeros.const_data_ptr()) : nullptr, bytes + begin);
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed) {
+// The rows of whole blocks from `begin` to `end` as a weight of their own.
+TiledWeight rows_of(TiledWeight weight, int64_t begin, int64_t end) {
+  TORCH_CHECK(begin >= 0 && begin <= end && end <= weight.rows, "rows ", begin, " to ", end, " are not among the ", weight.rows);
+  TORCH_CHECK(begin % kTileRows == 0 && (end % kTileRows == 0 || end == weight.rows), "rows ", begin, " to ", end,
+              " are no whole blocks of ", kTileRows);
+  weight.data = weight.block(begin / kTileRows);
+  weight.rows = end - begin;
+  weight.row_blocks = ceil_div(weight.rows, kTileRows);
+  return weight;
+}
+
+// Shape of the scales and of the offsets of a weight.
+at::DimVector grid_shape(const TiledLayout& layout) {
+  at::DimVector shape{layout.rows, layout.groups};
+  if (layout.cascade) shape.insert(shape.begin(), layout.bits);
+  return shape;
+}
+
+void tile_rows_cpu(const Tensor& packed, int64_t begin, const Tensor& codes, const Tensor& scale, const OptionalTensor& offset) {
+  TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
+  const TiledWeight rows = rows_of(tiled_weight(packed), begin, begin + codes.size(0));
+  TORCH_CHECK(rows.symmetric == !offset, "a symmetric grid has no offset, and every other has");
+  const Tensor source = operand(codes, "codes", at::kByte, {rows.rows, rows.columns});
+  const at::DimVector grid = grid_shape(rows);
+  const Tensor steps = operand(scale, "scale", at::kHalf, grid);
+  const Tensor zeros = offset ? operand(*offset, "offset", at::kHalf, grid) : Tensor();
+  auto* bytes = packed.mutable_data_ptr<uint8_t>();
+  tile(rows, source.const_data_ptr<uint8_t>(), reinterpret_cast<const uint16_t*>(steps.const_data_ptr()),
+       offset ? reinterpret_cast<const uint16_t*>(zeros.const_data_ptr()) : nullptr, bytes + (rows.data - bytes));
+}
+
+Tensor tile_cpu(const Tensor& codes, const Tensor& scale, const OptionalTensor& offset, const Tensor& global_scale,
+                int64_t bits, int64_t group_size, const OptionalTensor& codebook, bool vectors, bool cascade) {
+  TORCH_CHECK(codes.dim() == 2, "codes must be a matrix [N, K], got ", codes.sizes());
+  const Tensor packed =
+      empty_tiled_cpu(codes.size(0), codes.size(1), global_scale, bits, group_size, !offset, codebook, vectors, cascade);
+  tile_rows_cpu(packed, 0, codes, scale, offset);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> untile_cpu(const Tensor& packed, int64_t begin, std::optional<int64_t> end) {
   TiledWeight weight = tiled_weight(packed);
+  weight = rows_of(weight, begin, end.value_or(weight.rows));
   const Tensor codes = at::empty({weight.rows, weight.columns}, packed.options());
-  const int64_t rows = weight.rows * weight.grids();
-  const Tensor scale = at::empty({rows, weight.groups}, packed.options().dtype(at::kHalf));
-  const Tensor offset = at::empty({weight.symmetric ? 0 : rows, weight.groups}, scale.options());
+  const Tensor scale = at::empty(grid_shape(weight), packed.options().dtype(at::kHalf));
+  at::DimVector offset_shape = grid_shape(weight);
+  if (weight.symmetric) offset_shape[0] = 0;
+  const Tensor offset = at::empty(offset_shape, scale.options());
   const Tensor global_scale = at::full({1}, weight.global_scale, packed.options().dtype(at::kFloat));
   for (int grid = 0; grid < weight.grids(); ++grid) {  // the last of them leaves the codes of all planes
     weight.planes = grid + 1;
@@ -433,6 +467,7 @@ TORCH_LIBRARY_IMPL(kbit, CompositeImplicitAutograd, m) {
   m.impl("fingerprint", fingerprint);
   m.impl("set_precision_cpu", set_precision_cpu);
   m.impl("limit_planes_cpu", limit_planes_cpu);
+  m.impl("empty_tiled_cpu", empty_tiled_cpu);
   m.impl("isa_cpu", isa_cpu);
   m.impl("isas_cpu", isas_cpu);
   m.impl("force_isa_cpu", force_isa_cpu);
@@ -453,6 +488,7 @@ TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("chain_cpu", chain_cpu);
   m.impl("dequantize_cpu", dequantize_cpu);
   m.impl("tile_cpu", tile_cpu);
+  m.impl("tile_rows_cpu", tile_rows_cpu);
   m.impl("untile_cpu", untile_cpu);
   m.impl("quantize_cpu", quantize_cpu);
 }

@@ -83,11 +83,11 @@ def from_checkpoint(folder: str | Path, model: Callable[[], nn.Module] | None = 
         for name, module in sorted(layers.items(), key=lambda item: -item[1].weight.numel()):
             coded = format.read(Layer(tensors, name, options), *module.weight.shape)
             packed = coded.packed(name, exact=exact)
-            filling.put_packed(built, f"{name}.weight", packed, coded.rows, coded.order)
+            bits, order = coded.bits, coded.order
+            del coded  # and with it the codes of the file, before they are laid out anew
+            filling.put_packed(built, f"{name}.weight", packed, packed.rows, order)
             rounded |= {name: packed.error} if packed.error else {}
-            log.info(
-                "%s: %d bits of the file, %d in memory, relative error %.3g", name, coded.bits, packed.config.bits, packed.error
-            )
+            log.info("%s: %d bits of the file, %d in memory, relative error %.3g", name, bits, packed.config.bits, packed.error)
             trim_heap()
             progress.advance(name)
     _put_floats(built, tensors, layers)
