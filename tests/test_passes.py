@@ -13,9 +13,9 @@ from torch import nn
 
 import kbit_inductor as kbit
 from kbit_inductor import backend, entry_points, kernel_registry
+from kbit_inductor.digest import digest
 from kbit_inductor.lowering.registry import Kernel
 from kbit_inductor.passes import pipeline, registry
-from kbit_inductor.passes.digest import digest
 from kbit_inductor.passes.order import ordered
 from kbit_inductor.passes.registry import make_pass
 from kbit_inductor.quantizers import Quantizer, rtn
