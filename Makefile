@@ -21,7 +21,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks docs tutorial coverage sanitize fuzz-files lint format typecheck \
+.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks docs tutorial coverage sanitize fuzz fuzz-files lint format typecheck \
 	typing-tree compiler clean distclean
 
 help:  ## say what there is to make
@@ -93,6 +93,11 @@ N := 10000
 fuzz-files: compiler $(VENV)/.installed  ## N=10000 damaged files of each format that is read: none may crash
 	@echo "== $(N) damaged files of each format"
 	@KBIT_TEST_EXAMPLES=$(N) $(BIN)/python -m pytest -q tests/test_import_damage.py
+
+MINUTES := 10
+fuzz: compiler $(VENV)/.installed  ## MINUTES=10 of drawn weights, products and models; failures are kept for the next run
+	@echo "== $(MINUTES) minutes of drawn examples"
+	@$(BIN)/python -m kbit_inductor.testing.fuzz --minutes $(MINUTES) $(ARGS)
 
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "== installing mkdocs"

@@ -36,16 +36,19 @@ def _source(function: Callable[..., Any]) -> str:
     code = getattr(function, "__code__", None)
     content = repr((code.co_code, code.co_names, [c for c in code.co_consts if not inspect.iscode(c)])) if code else ""
     file = inspect.getsourcefile(function if code else type(function))
-    files = {Path(file)} if file is not None and Path(file).is_file() else set()
-    files |= set(_files_of_package(getattr(function, "__module__", "").partition(".")[0]))
-    return hashlib.sha256(b"\n".join([content.encode(), *(path.read_bytes() for path in sorted(files))])).hexdigest()
+    if file is not None and Path(file).is_file():
+        content += Path(file).read_text(encoding="utf-8")
+    content += _package(getattr(function, "__module__", "").partition(".")[0])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 @functools.cache
-def _files_of_package(name: str) -> tuple[Path, ...]:
-    """The Python files of the package of this name; none of a module that is no package, or has no folder of its own."""
-    package = sys.modules.get(name)
-    file = getattr(package, "__file__", None)
+def _package(name: str) -> str:
+    """The hash of the Python files of the package of this name; "" of a module that is no package, or has no folder of its own."""
+    file = getattr(sys.modules.get(name), "__file__", None)
     if file is None or Path(file).name != "__init__.py":
-        return ()
-    return tuple(sorted(Path(file).parent.rglob("*.py")))
+        return ""
+    hashed = hashlib.sha256()
+    for path in sorted(Path(file).parent.rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
