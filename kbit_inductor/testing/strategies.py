@@ -132,12 +132,12 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(width, out, 2, padding=1)
+        self.conv = nn.Conv1d(width, out, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[…, S, width]`` to ``[…, S, out]``."""
         batch = x.flatten(0, -3) if x.dim() > 2 else x[None]
-        y: Tensor = self.conv(batch.transpose(1, 2)).transpose(1, 2)[:, : x.shape[-2]]
+        y: Tensor = self.conv(functional.pad(batch.transpose(1, 2), (2, 0))).transpose(1, 2)[:, : x.shape[-2]]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
