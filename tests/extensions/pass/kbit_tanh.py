@@ -13,6 +13,6 @@ def by_torch(x):
     return torch.tanh(x)
 
 
-@kbit.register_pass(tier="bounded", before="pack")
+@kbit.register_pass(tier="bounded", before="fold")
 def tanh(gm, context):
     torch.fx.subgraph_rewriter.replace_pattern(gm, by_hand, by_torch)
