@@ -21,7 +21,7 @@ from kbit_inductor.passes.patterns import MULTIPLY, value_of
 from kbit_inductor.passes.products import LINEARS
 from kbit_inductor.passes.values import infer_values
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[Any, int] = {
     torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3,
 }  # fmt: skip
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -124,7 +124,7 @@ def _fold(context: Context, node: fx.Node, product: fx.Node, scale: Scale) -> No
     keywords = dict(product.kwargs)
     bias: Any = rest[0] if rest else keywords.pop("bias", None)
     dims = 1 + CONVOLUTIONS.get(product.target, 0)
-    with context.graph.inserting_before(product):
+    with context.graph.inserting_before(_place(node, product)):
         s, t = scale(call)
         scaled = call(torch.mul, weight, call(torch.reshape, s, [-1, *[1] * dims]))
         if bias is not None:
@@ -134,3 +134,13 @@ def _fold(context: Context, node: fx.Node, product: fx.Node, scale: Scale) -> No
         product.kwargs = keywords
     node.replace_all_uses_with(product)
     context.graph.erase_node(node)
+
+
+def _place(node: fx.Node, product: fx.Node) -> fx.Node:
+    """Before what the scaled weight and bias may be computed: the first call where they come from inputs alone, so that nothing
+    stands between products that follow one another."""
+    sources = {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
+    if all(source.op == "placeholder" for source in sources):
+        first: fx.Node = next(each for each in node.graph.nodes if each.op != "placeholder")
+        return first
+    return product
