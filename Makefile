@@ -21,7 +21,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks docs tutorial coverage sanitize fuzz-files kills lint format typecheck \
+.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks test-newest docs tutorial coverage sanitize fuzz fuzz-files kills lint format typecheck \
 	typing-tree compiler clean distclean
 
 help:  ## say what there is to make
@@ -75,6 +75,19 @@ test-benchmarks: compiler $(VENV)/.installed  ## run the tests that try every pa
 	@echo "== tests of the benchmarks"
 	@KBIT_TEST_BENCHMARKS=1 $(BIN)/python -m pytest tests/test_benchmarks.py
 
+# Of an environment of its own: a build with CUDA, of several GB, which runs on a CPU too. The newest that pip finds, or TORCH=torch==2.14.1.
+TORCH := torch
+$(VENV)-newest/.installed: pyproject.toml | $(BIN)/python
+	@echo "== installing the newest torch into $(VENV)-newest (several GB)"
+	@$(BIN)/python -m venv $(VENV)-newest
+	@$(VENV)-newest/bin/python -m pip install --quiet --no-compile --upgrade $(TORCH) setuptools wheel
+	@$(VENV)-newest/bin/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+
+test-newest: compiler $(VENV)-newest/.installed  ## run the tests on the newest torch, in an environment of its own (several GB)
+	@echo "== tests on $$($(VENV)-newest/bin/python -c 'import torch; print(torch.__version__)')"
+	@$(VENV)-newest/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
 coverage: compiler $(VENV)/.installed  ## run the tests and measure their coverage: a quarter longer
 	@echo "== tests, with coverage"
 	@$(PYTEST) --cov --cov-report=term
@@ -98,6 +111,11 @@ KILLS := 100
 kills: compiler $(VENV)/.installed  ## KILLS=100 saves killed at random moments: an old or a new model is left, never half of one
 	@echo "== $(KILLS) killed saves"
 	@$(BIN)/python benchmarks/reliability.py --files 0 --kills $(KILLS)
+
+MINUTES := 10
+fuzz: compiler $(VENV)/.installed  ## MINUTES=10 of drawn weights, products and models; failures are kept for the next run
+	@echo "== $(MINUTES) minutes of drawn examples"
+	@$(BIN)/python -m kbit_inductor.testing.fuzz --minutes $(MINUTES) $(ARGS)
 
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "== installing mkdocs"
@@ -173,4 +191,4 @@ clean:  ## remove what builds, tests and the demo left; keeps .venv
 	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(VENV)-newest

@@ -18,11 +18,12 @@ from kbit_inductor.bits.graph import with_bits
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
 from kbit_inductor.debug.inspector import Inspector
+from kbit_inductor.digest import digest
 from kbit_inductor.errors import KbitError, ReleasedWeightError
 from kbit_inductor.instruction_set import check_instruction_set
+from kbit_inductor.kernel_registry import kernels
 from kbit_inductor.overrides import check_overrides
 from kbit_inductor.passes import pipeline
-from kbit_inductor.passes.digest import digest
 from kbit_inductor.passes.pipeline import Observer
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import passes
@@ -60,7 +61,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
     _log_constants(gm)
     kept = kept_arguments(context, len(example_inputs))
     floats = tuple((weight.argument, weight.name) for weight in context.weights if weight.argument in kept)
-    with cache_tag(f"kbit-{digest(passes())}"):
+    with cache_tag(f"kbit-{digest((*passes(), *kernels()))}"):
         if not context.slots:
             untouched = passes() == pipeline.BUILT_IN and not context.fusions
             inner = inductor(gm if untouched else rewritten, example_inputs, config.mode)

@@ -111,7 +111,7 @@ class Config(LayerConfig):
         min_elements: weights with fewer elements stay in float.
         release_weights: free the float weights once they are packed.
         mode: as in ``torch.compile``; it reaches Inductor.
-        debug: check the graph after each pass, and log what the pass did: see docs/passes.md. Slow.
+        debug: check the graph after each pass, and log what the pass did: see docs/extending/pass.md. Slow.
         calibration: statistics of the layers' inputs, from :func:`kbit_inductor.calibrate`, for the quantizers that use them.
 
     Raises:

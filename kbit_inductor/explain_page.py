@@ -88,28 +88,39 @@ def render(explanation: Explanation, graphs: Sequence[Sequence[Step]]) -> str:
     layers = explanation.layers
     before, after = (sum(getattr(layer, key) for layer in layers) for key in ("bytes_before", "bytes_after"))
     largest = max((layer.bytes_before for layer in layers), default=0) or 1
+    longest = max(map(_seconds, layers), default=0.0) or 1.0
     fused = ", ".join(f"{kind} {count}" for kind, count in sorted(explanation.fusions.items())) or "nothing"
     breaks = sum(explanation.graph_breaks.values())
     return PAGE.format(
         title=f"{len(explanation.matched)} of {len(layers)} weight matrices packed",
         summary=escape(f"{before:,} bytes become {after:,}. Graphs: {explanation.graphs}, graph breaks: {breaks}; fused: {fused}."),
-        rows="\n".join(_row(layer, largest) for layer in layers),
+        rows="\n".join(_row(layer, largest, longest) for layer in layers),
         graphs="\n".join(part for number, steps in enumerate(graphs) for part in _passes(number, steps)),
     )
 
 
-def _row(layer: LayerReport, largest: int) -> str:
+def _seconds(layer: LayerReport) -> float:
+    return sum(expected.seconds for expected in layer.expected)
+
+
+def _row(layer: LayerReport, largest: int, longest: float) -> str:
     why = [*layer.reasons, *(f"not {name}: {reason}" for name, reason in layer.rejected.items())]
-    whole, left = (100 * size / largest for size in (layer.bytes_before, layer.bytes_after))
-    bar = f'<div class="bar" style="width:{whole:.1f}%"><div style="width:{100 * left / whole if whole else 0:.1f}%"></div></div>'
     texts = [layer.name, " × ".join(map(str, layer.shape)), ", ".join(dict.fromkeys(layer.uses))]
     numbers = [str(layer.config.bits) if layer.config else "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"]
+    size = _bar(layer.bytes_before / largest, layer.bytes_after / max(layer.bytes_before, 1))
     error = f"{layer.error:.2g}" if layer.config else ""
-    expected = "; ".join(dict.fromkeys(map(str, layer.expected)))
-    ends = [", ".join(dict.fromkeys(layer.kernels)), expected, "; ".join(why)]
+    expected = escape("; ".join(dict.fromkeys(map(str, layer.expected))))
+    time = expected and expected + _bar(_seconds(layer) / longest, 1.0)
+    ends = [", ".join(dict.fromkeys(layer.kernels)), "; ".join(why)]
     return (
-        "<tr>" + _cells(texts) + _cells(numbers, "number") + f"<td>{bar}</td>" + _cells([error], "number") + _cells(ends) + "</tr>"
-    )
+        "<tr>" + _cells(texts) + _cells(numbers, "number") + f"<td>{size}</td>" + _cells([error], "number")
+        + _cells(ends[:1]) + f"<td>{time}</td>" + _cells(ends[1:]) + "</tr>"
+    )  # fmt: skip
+
+
+def _bar(length: float, filled: float) -> str:
+    """A bar of a part of its column's width, of which a part is filled."""
+    return f'<div class="bar" style="width:{100 * length:.1f}%"><div style="width:{100 * filled:.1f}%"></div></div>'
 
 
 def _cells(texts: Iterable[str], kind: str = "text") -> str:

@@ -13,9 +13,9 @@ from torch import nn
 
 import kbit_inductor as kbit
 from kbit_inductor import backend, entry_points, kernel_registry
+from kbit_inductor.digest import digest
 from kbit_inductor.lowering.registry import Kernel
 from kbit_inductor.passes import pipeline, registry
-from kbit_inductor.passes.digest import digest
 from kbit_inductor.passes.order import ordered
 from kbit_inductor.passes.registry import make_pass
 from kbit_inductor.quantizers import Quantizer, rtn
@@ -29,7 +29,7 @@ def test_the_built_in_passes_are_in_the_order_in_which_they_are_written():
     assert registry.passes() == pipeline.BUILT_IN
 
 
-@given(order=st.permutations(range(8)))
+@given(order=st.permutations(range(9)))
 def test_the_order_depends_on_constraints_and_names_alone(order):
     extra = [
         make_pass(nothing, name="zeta", tier="bitwise", before="pack"),
@@ -38,7 +38,7 @@ def test_the_order_depends_on_constraints_and_names_alone(order):
     ]
     every = [*pipeline.BUILT_IN, *extra]
     names = [each.name for each in ordered([every[i] for i in order])]
-    assert names == ["expand", "alpha", "zeta", "pack", "fuse", "chain", "cleanup", "late"]
+    assert names == ["fold", "expand", "alpha", "zeta", "pack", "fuse", "chain", "cleanup", "late"]
 
 
 def test_a_circle_is_an_error_that_names_it():
@@ -93,7 +93,7 @@ def replace_tanh(gm, context):
 def test_what_a_pass_writes_is_seen_by_the_passes_after_it(layers, monkeypatch):
     kept = []
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: kept.append(gm) or gm.forward)
-    kbit.register_pass(replace_tanh, tier="bounded", before="pack")
+    kbit.register_pass(replace_tanh, tier="bounded", before="fold")
     x = torch.randn(3, 64)
     y = torch.compile(Tanh(*layers), backend="kbit", options={"bits": 8})(x)
     assert y.shape == (3, 64)

@@ -15,6 +15,7 @@ from kbit_inductor.passes.cleanup import drop_unused_weights
 from kbit_inductor.passes.derive import derive_weights, explain_computed_weights
 from kbit_inductor.passes.epilogue import fuse_epilogues
 from kbit_inductor.passes.expand import expand_weight_calls
+from kbit_inductor.passes.fold import fold
 from kbit_inductor.passes.fuse import fuse
 from kbit_inductor.passes.lower import lower_marks
 from kbit_inductor.passes.products import match_products
@@ -48,7 +49,8 @@ def _cleanup(gm: fx.GraphModule, context: Context) -> None:
 
 
 BUILT_IN = (
-    Pass("expand", _expand, "bounded"),
+    Pass("fold", fold, "bounded"),
+    Pass("expand", _expand, "bounded", after=("fold",)),
     Pass("pack", _pack, "quantizing", after=("expand",)),
     Pass("fuse", _fuse, "bounded", after=("pack",)),
     Pass("chain", _chain, "bounded", after=("fuse",)),

@@ -167,12 +167,14 @@ def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int, spread: float |
 
 
 def _attention(grids: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    repeat = query.shape[1] // key.shape[1]
+    repeat = query.shape[1] // max(key.shape[1], 1)
     q, k, v = query.double(), *(each.double().repeat_interleave(repeat, 1) for each in (key, value))
     scores, size = scale * q @ k.mT, abs(scale) * q.abs() @ k.abs().mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     p = scores.softmax(-1)
+    if not size.numel():
+        return p @ v, torch.zeros_like(p @ v)  # a sum of nothing, or nothing
     off = 2 * (2 * (q.shape[-1] + 4) * UNIT * size.amax(-1, keepdim=True) + (k.shape[2] + 16) * UNIT)
     exact = p @ v
     return exact, rounded(exact, 4 * off * (p @ v.abs()), query.dtype)

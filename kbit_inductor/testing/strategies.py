@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import MissingPackageError
+from kbit_inductor.lowering.registry import MATRIX_FAMILIES
+from kbit_inductor.testing.kernels import Case
 
 try:
     from hypothesis import strategies as st
@@ -110,6 +113,53 @@ class Raw(nn.Module):
         return y
 
 
+class Attention(nn.Module):
+    """Each row attends to those of its sequence, with one head."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.out = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, S, width]`` to the same."""
+        y: Tensor = self.out(functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)))
+        return y
+
+
+class Convolution(nn.Module):
+    """A causal convolution over the rows of a sequence: as many after it, and none is no mistake."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, out, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, S, width]`` to ``[…, S, out]``."""
+        batch = x.flatten(0, -3) if x.dim() > 2 else x[None]
+        y: Tensor = self.conv(functional.pad(batch.transpose(1, 2), (2, 0))).transpose(1, 2)[:, : x.shape[-2]]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class InPlace(nn.Module):
+    """A product that is written to, and read by a view of it."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, width]`` to ``[…, out]``."""
+        y: Tensor = self.fc(x)
+        left = y[..., : y.shape[-1] // 2]
+        left.mul_(2)
+        return y.add_(1)
+
+
+CHANGING = {"linear": nn.Linear, "raw": Raw, "convolution": Convolution, "in place": InPlace}
+KEEPING = {"residual": Residual, "gated": Gated, "attention": Attention}
+
+
 @st.composite
 def modules(draw: Any) -> tuple[nn.Sequential, int]:
     """A stack of one to four layers, as ``(module, input width)``. Norms have more than eight features: over very few, they
@@ -117,18 +167,26 @@ def modules(draw: Any) -> tuple[nn.Sequential, int]:
     first = width = draw(WIDTHS)
     layers: list[nn.Module] = []
     torch.manual_seed(draw(SEEDS))
-    for kind in draw(st.lists(st.sampled_from(["linear", "residual", "gated", "raw", "norm", "tanh"]), min_size=1, max_size=4)):
+    for kind in draw(st.lists(st.sampled_from([*CHANGING, *KEEPING, "norm", "tanh"]), min_size=1, max_size=4)):
         out = draw(WIDTHS)
         if kind == "linear":
             layers.append(nn.Linear(width, out, bias=draw(st.booleans())))
-        elif kind == "raw":
-            layers.append(Raw(width, out))
-        elif kind in ("residual", "gated"):
-            layers.append((Residual if kind == "residual" else Gated)(width, out))
+        elif kind in CHANGING or kind in KEEPING:
+            layers.append((CHANGING | KEEPING)[kind](width, out))
         else:
             layers.append(nn.LayerNorm(width) if kind == "norm" and width > 8 else nn.Tanh())
-        width = out if kind in ("linear", "raw") else width
+        width = out if kind in CHANGING else width
     return nn.Sequential(*layers), first
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """One product or look-up for :func:`kbit_inductor.testing.kernels.check_case`."""
+    chosen = draw(options())
+    config = LayerConfig(**{name: value for name, value in chosen.items() if name != "min_elements"})
+    size = (draw(st.integers(0, 6)), draw(WIDTHS), draw(st.integers(1, 200)))
+    dtype = draw(st.one_of(FLOATS, st.just(torch.float64)))
+    return Case(draw(st.sampled_from(MATRIX_FAMILIES)), size, config, dtype, draw(st.booleans()), draw(st.booleans()), draw(SEEDS))
 
 
 @st.composite

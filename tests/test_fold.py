@@ -1,0 +1,155 @@
+"""Batch norms and LayerScale behind a product become part of its weight, which is packed again when they change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kbit_inductor as kbit
+from kbit_inductor import backend
+from kbit_inductor.testing import assert_equivalent, rewrite
+
+pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
+OPTIONS = {"bits": 4, "group_size": 16, "min_elements": 0, "activation_bits": 16}
+
+
+def with_statistics(norm: nn.Module) -> nn.Module:
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    if norm.affine:
+        norm.weight.data.uniform_(0.5, 2)
+        norm.bias.data.normal_()
+    return norm
+
+
+class LayerScale(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(shape) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Times(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def conv(dims: int, **options) -> nn.Module:
+    return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, 3, **options)
+
+
+FOLDED = {
+    "linear": ([nn.Linear(24, 16), with_statistics(nn.BatchNorm1d(16))], (3, 24)),
+    "linear without bias, norm without weight": (
+        [nn.Linear(24, 16, bias=False), with_statistics(nn.BatchNorm1d(16, affine=False))], (3, 24)),
+    "1-d": ([conv(1), with_statistics(nn.BatchNorm1d(6))], (2, 4, 9)),
+    "2-d, strided": ([conv(2, stride=2, bias=False), with_statistics(nn.BatchNorm2d(6))], (2, 4, 9, 7)),
+    "2-d, in groups": ([conv(2, groups=2, padding=1), with_statistics(nn.BatchNorm2d(6))], (2, 4, 5, 5)),
+    "3-d": ([conv(3), with_statistics(nn.BatchNorm3d(6))], (1, 4, 4, 4, 4)),
+    "no rows": ([nn.Linear(24, 16), with_statistics(nn.BatchNorm1d(16))], (0, 24)),
+    "layer scale": ([nn.Linear(24, 16), LayerScale(16)], (2, 3, 24)),
+    "layer scale of channels": ([conv(2), LayerScale(6, 1, 1)], (2, 4, 5, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_what_scales_rows_is_folded(name: str) -> None:
+    layers, shape = FOLDED[name]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(shape)
+    (graph,) = rewrite(model, x, config=OPTIONS)
+    assert graph.fusions["folded"] == 1
+    assert not any("batch_norm" in called for called in graph.operators)
+    assert len(graph.context.slots) == 1 and graph.context.slots[0].derivation is not None
+    assert_equivalent(model, x, OPTIONS, through_inductor=False)
+
+
+@pytest.mark.parametrize("name", ["2-d, strided", "layer scale"])
+def test_with_symbolic_sizes(name: str) -> None:
+    layers, shape = FOLDED[name]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(shape)
+    (graph,) = rewrite(model, x, config=OPTIONS, dynamic=True)
+    assert graph.fusions["folded"] == (name == "layer scale")  # Dynamo makes a norm's eps an input, of which nothing is known
+    assert_equivalent(model, x, OPTIONS, through_inductor=False, dynamic=True)
+
+
+NOT_FOLDED = {
+    "depthwise": ([nn.Conv2d(4, 4, 3, groups=4), with_statistics(nn.BatchNorm2d(4))], (2, 4, 5, 5)),
+    "by another dimension": ([nn.Linear(24, 16), with_statistics(nn.BatchNorm1d(5))], (3, 5, 24)),
+    "by row of x": ([nn.Linear(24, 16), LayerScale(3, 1)], (3, 24)),
+    "a matrix": ([nn.Linear(24, 16), LayerScale(3, 16)], (3, 24)),
+    "by itself": ([nn.Linear(24, 16), Times(lambda x: x * x)], (3, 24)),
+    "a number": ([nn.Linear(24, 16), Times(lambda x: 2 * x)], (3, 24)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLDED)
+def test_what_does_more_is_left(name: str) -> None:
+    layers, shape = NOT_FOLDED[name]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(shape)
+    (graph,) = rewrite(model, x, config=OPTIONS)
+    assert not graph.fusions["folded"]
+
+
+class Norm(nn.Module):
+    """A product behind which stand a norm and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(64, 48), with_statistics(nn.BatchNorm1d(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.fc(x)))
+
+
+def test_an_activation_behind_the_norm_becomes_part_of_the_product() -> None:
+    (graph,) = rewrite(Norm().eval(), torch.randn(3, 64), config=OPTIONS)
+    assert graph.fusions["activation"] == 1 and "relu" not in graph.operators
+
+
+def test_not_while_training_or_where_floats_are_released() -> None:
+    model, x = Norm(), torch.randn(3, 64)
+    assert not rewrite(model.train(), x, config=OPTIONS)[0].fusions["folded"]
+    assert not rewrite(model.eval(), x, config={**OPTIONS, "release_weights": True})[0].fusions["folded"]
+
+
+def test_a_scale_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    model = nn.Sequential(nn.Linear(64, 48), LayerScale(48))
+    with torch.enable_grad():
+        torch.compile(model, backend="kbit", options=OPTIONS)(torch.randn(3, 64)).sum().backward()
+    assert model[1].gamma.grad is not None
+
+
+def test_a_changed_statistic_or_weight_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    model, x = Norm().eval(), torch.randn(3, 64)
+    compiled = torch.compile(model, backend="kbit", options={**OPTIONS, "bits": 8})
+    compiled(x)
+    for change in (lambda: model.norm.running_var.mul_(4), lambda: model.norm.weight.mul_(3), lambda: model.fc.weight.mul_(-1)):
+        before = compiled(x)
+        change()
+        torch.testing.assert_close(compiled(x), model(x), rtol=0.05, atol=0.1)
+        assert not torch.allclose(before, model(x), rtol=0.05, atol=0.1)
+
+
+def test_a_shared_product_or_weight_keeps_its_scale() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.gamma = nn.Linear(64, 64), nn.Parameter(torch.rand(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return y * self.gamma + y, self.fc(y) * self.gamma
+
+    model, x = Shared().eval(), torch.randn(3, 64)
+    (graph,) = rewrite(model, x, config=OPTIONS)
+    assert not graph.fusions["folded"] and len(graph.context.slots) == 1
+    assert kbit.explain(model, x).layers[0].matched
