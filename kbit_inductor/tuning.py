@@ -74,7 +74,8 @@ def _problems(found: Explanation, dtype: torch.dtype) -> Iterator[Problem]:
         if config is not None and "linear" in layer.uses:
             rows, columns = layer.shape
             sizes = (rows, columns, config.bits, config.group_columns(columns))
-            yield Problem("linear", "cuda", dtype, *sizes, config.levels() is None, symmetric=config.symmetric)
+            rounding = config.activation_bits_on("cuda")
+            yield Problem("linear", "cuda", dtype, *sizes, config.levels() is None, rounding, config.symmetric)
 
 
 def tune(

@@ -19,9 +19,10 @@ import kbit_inductor as kbit
 from kbit_inductor import tuning
 from kbit_inductor.cli import app as commands
 from kbit_inductor.cli import tune as command_tune
+from kbit_inductor.kernels.triton import config
 from kbit_inductor.kernels.triton.config import Config
-from kbit_inductor.lowering import gpu
-from kbit_inductor.lowering.cost import measure
+from kbit_inductor.lowering import float_rows, gpu
+from kbit_inductor.lowering.cost import measure, triton_ways
 from kbit_inductor.lowering.cost.device import find
 from kbit_inductor.lowering.cost.short_list import LENGTH, candidates, short_list
 from kbit_inductor.lowering.problem import Problem
@@ -242,6 +243,22 @@ def test_a_launch_takes_the_tuned_configuration(monkeypatch: pytest.MonkeyPatch)
     gpu._linear(torch.randn(2, 5, 64).half(), words, scale, None, one, None, 3, 32)
     assert launched == [TWO]
     assert asked == [(Problem("linear", "cuda", torch.float16, 24, 64, 3, 32, symmetric=True), 10)]
+
+
+@pytest.mark.parametrize(("gpu_name", "first"), [("NVIDIA H200", None), ("NVIDIA L4", None), ("NVIDIA T1000", config.FLOAT_ROWS)])
+def test_a_launch_unpacks_where_the_cost_model_says(gpu_name: str, first: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that no record is shipped for, from the constant on; nothing is measured at a launch."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu_name)
+    monkeypatch.setattr(measure, "record_of", lambda device: pytest.fail("measured at a launch"))
+    float_rows._float_rows.cache_clear()
+    record = find(gpu_name)
+    first = first or triton_ways.float_rows(PROBLEM, record)
+    found = [float_rows.multiplies_in_float(PROBLEM, m, FIRST) for m in (1, first - 1, first, 10**6)]
+    assert found == [False, False, True, True]
+    rounded = Problem("linear", "cuda", torch.float16, 1024, 2048, 4, 128, activation_bits=8)
+    assert record is None or not float_rows.multiplies_in_float(rounded, 10**6, FIRST)
+    assert float_rows.multiplies_in_float(PROBLEM, config.FLOAT_ROWS, torch.device("cpu"))  # an interpreter
+    float_rows._float_rows.cache_clear()
 
 
 @given(m=st.integers(0, 10**6))

@@ -13,34 +13,39 @@ from typing import Any
 MEASURED = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
 TABLE = Path(__file__).parents[2] / "lowering" / "cost" / "instructions.json"
 LOOPS = {1: "unrolled", 256: "stepped"}  # rows of x: the loop of the kernel that is launched for them
-COUNTED = ("HMMA", "HGMMA", "FFMA")
+ACTIVATIONS = ("float16", "bfloat16", "int8")
+COUNTED = {"int8": ("IMMA", "IGMMA", "FFMA", "I2FP", "FMUL")}
+COUNTED_OF_FLOATS = ("HMMA", "HGMMA", "FFMA")
 
 
 def table() -> dict[str, Any]:
-    """By target, loop and bits: instructions for each weight, and registers of a thread."""
+    """By target, dtype of activations, loop and bits: instructions for each weight, and registers of a thread."""
     found: dict[str, Any] = {}
     records = json.loads(MEASURED.read_text())["records"]
-    for record in (each for each in records if each["x"] == "float16" and "ragged" not in each):
+    for record in (each for each in records if each["x"] in ACTIVATIONS and "ragged" not in each):
         row = {"registers": record["registers"]}
         if "kinds" in record:
-            rest = sum(count for kind, count in record["kinds"].items() if kind not in COUNTED)
+            counted = COUNTED.get(record["x"], COUNTED_OF_FLOATS)
+            rest = sum(count for kind, count in record["kinds"].items() if kind not in counted)
             row["per_weight"] = round(rest / record["weights"], 3)
-        found.setdefault(record["target"], {}).setdefault(LOOPS[record["rows"]], {})[str(record["bits"])] = row
+        loops = found.setdefault(record["target"], {}).setdefault(record["x"], {})
+        loops.setdefault(LOOPS[record["rows"]], {})[str(record["bits"])] = row
     return found
 
 
 def main() -> None:
-    lines = [
-        f'  "{target}": {{\n'
-        + ",\n".join(f'    "{loop}": {{\n' + _rows(rows) + "\n    }" for loop, rows in loops.items())
-        + "\n  }"
-        for target, loops in table().items()
-    ]
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    TABLE.write_text("{\n" + _nested(table(), 1) + "\n}\n")
 
 
-def _rows(rows: dict[str, Any]) -> str:
-    return ",\n".join(f'      "{bits}": {json.dumps(row)}' for bits, row in rows.items())
+def _nested(found: dict[str, Any], depth: int) -> str:
+    """As JSON with a row of the table on each line, so that a change of one shows."""
+    indent = "  " * depth
+    return ",\n".join(
+        f'{indent}"{name}": {json.dumps(value)}'
+        if "registers" in value
+        else f'{indent}"{name}": {{\n{_nested(value, depth + 1)}\n{indent}}}'
+        for name, value in found.items()
+    )
 
 
 if __name__ == "__main__":

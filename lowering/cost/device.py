@@ -36,6 +36,7 @@ class DeviceRecord:
         target: the compile target whose instructions were counted, ``"sm_90"`` for one; ``"cpu"`` for a CPU.
         peak_bandwidth: published, bytes/s.
         peak_matrix_rate: published, operations/s of 16-bit products with float32 sums, dense.
+        peak_integer_rate: the same, of int8 products. 0: unknown, and taken for twice as many.
         clock: Hz under load.
         multiprocessors: streaming multiprocessors or compute units; cores of a CPU.
         lanes: threads of a multiprocessor for which an instruction is issued in a clock.
@@ -64,6 +65,7 @@ class DeviceRecord:
     threads: int
     warp: int
     source: str
+    peak_integer_rate: float = 0.0
     reached_bandwidth: float = 0.0
     reached_matrix_rate: float = 0.0
     reached_instruction_rate: float = 0.0
@@ -79,6 +81,11 @@ class DeviceRecord:
     def matrix_rate(self) -> float:
         """Operations/s that can be reached."""
         return self.reached_matrix_rate or REACHED_MATRIX_RATE * self.peak_matrix_rate
+
+    @property
+    def integer_speedup(self) -> float:
+        """Times as many int8 products as 16-bit ones in a second."""
+        return self.peak_integer_rate / self.peak_matrix_rate or 2.0
 
     @property
     def instruction_rate(self) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kbit_inductor.kernels.triton.config import DECODE_ROWS, LEAST_STEPS, Config, default_config
+from kbit_inductor.kernels.triton.config import DECODE_ROWS, LEAST_STEPS, Config
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost import time, triton_linear
 from kbit_inductor.lowering.cost.device import DeviceRecord
@@ -46,8 +46,7 @@ def short_list(problem: Problem, m: int, device: DeviceRecord, length: int = LEN
         alike[shape] += 1
         if alike[shape] <= ALIKE and len(best) < length:
             best.append(each)
-    layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
-    usual = default_config(m, problem.rows, layout, problem.dtype, triton_linear.hardware(device))
+    usual = triton_linear.default(problem, m, device)
     if usual not in (each.config for each in best):
         best[length - 1 :] = [Ranked(usual, _seconds(problem, m, usual, device))]
     return sorted(best, key=lambda each: each.seconds)
@@ -64,9 +63,10 @@ def candidates(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Confi
 def _combinations(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Config]:
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
     loops: list[tuple[tuple[int, ...], tuple[int, ...], int, bool, tuple[int, ...]]] = []
-    if m <= DECODE_ROWS and problem.dtype != torch.float32:
+    x = triton_linear.operand_dtype(problem)
+    if m <= DECODE_ROWS and x != torch.float32:
         loops.append(((device.least_rows if m <= device.least_rows else 16,), (16, 32, 64), layout.block_pieces, False, (1, 2, 4)))
-    widest = 32 if problem.dtype == torch.float32 else 128
+    widest = 32 if x == torch.float32 else 128
     blocks_m = tuple(block for block in (16, 32, 64, 128) if block <= widest and block < 2 * max(m, 16))
     loops.append((blocks_m, (32, 64, 128), STEPPED, m > DECODE_ROWS, (2, 4, 8)))
     for blocks_m, blocks_n, steps, sums, warps in loops:

@@ -57,7 +57,7 @@ def _launches(problem: Problem, m: int, device: torch.device) -> list[Callable[[
     def launch(copy: int) -> Callable[[Config], Tensor]:
         offset = None if problem.symmetric else scale[copy]
         operands = (x, packed[copy], scale[copy], offset, one, None, problem.bits, problem.group_size, levels)
-        return lambda config: linear(*operands, config=config)
+        return lambda config: linear(*operands, activation_bits=problem.activation_bits, config=config)
 
     return [launch(copy) for copy in range(copies)]
 
