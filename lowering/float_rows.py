@@ -1,4 +1,4 @@
-"""From how many rows of x on a launch unpacks its weight for PyTorch's product, as the cost model finds for its GPU and its shape."""
+"""From how many rows of x on a launch unpacks its weight for PyTorch's product: by the cost model, for each GPU and shape."""
 
 from __future__ import annotations
 

@@ -244,12 +244,14 @@ def test_what_stands_before_a_product_has_the_instructions_of_the_compiled_kerne
         x, out, scale = torch.empty(5, 4096).half(), torch.empty(n, 4096).half(), torch.empty(32, n).half()
         words, vectors = torch.empty(n, layout.row_words, dtype=torch.int16), torch.empty(4, 5, 128, dtype=torch.int32)
         rounded, steps = quantize.empty_activations(5, layout, 2, torch.device("meta")), torch.empty(5, 128)
+        unpacking = dequantize.launch_arguments(layout, words, scale, scale, torch.empty(1), None, out, True)
+        rounding = quantize.launch_arguments(x, layout, 2, 8, rounded)
+        slicing = bits.slice_arguments(x, vectors, steps, steps.int(), 128, 4)
         kernels = [
-            (dequantize.dequantize_kernel, dequantize.launch_arguments(layout, words, scale, scale, torch.empty(1), None, out, True),
-             16 * 256, products.UNPACK_INSTRUCTIONS),
-            (quantize.quantize_kernel, quantize.launch_arguments(x, layout, 2, 8, rounded), 8 * 128, triton_linear.ROUNDING_INSTRUCTIONS),
-            (bits.slice_kernel, bits.slice_arguments(x, vectors, steps, steps.int(), 128, 4), 8 * 128, triton_bits.SLICING),
-        ]  # fmt: skip
+            (dequantize.dequantize_kernel, unpacking, 16 * 256, products.UNPACK_INSTRUCTIONS),
+            (quantize.quantize_kernel, rounding, 8 * 128, triton_linear.ROUNDING_INSTRUCTIONS),
+            (bits.slice_kernel, slicing, 8 * 128, triton_bits.SLICING),
+        ]
     for kernel, arguments, values, told in kernels:
         instructions = re.findall(r";$", aot.compile_ahead(kernel, arguments, "sm_90").sass, re.MULTILINE)
         assert 128 * len(instructions) / values == pytest.approx(told, rel=0.15)  # of as many threads

@@ -19,8 +19,7 @@ import kbit_inductor as kbit
 from kbit_inductor import tuning
 from kbit_inductor.cli import app as commands
 from kbit_inductor.cli import tune as command_tune
-from kbit_inductor.kernels.triton import config
-from kbit_inductor.kernels.triton.config import Config
+from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config
 from kbit_inductor.lowering import float_rows, gpu
 from kbit_inductor.lowering.cost import measure, triton_ways
 from kbit_inductor.lowering.cost.device import find
@@ -245,7 +244,7 @@ def test_a_launch_takes_the_tuned_configuration(monkeypatch: pytest.MonkeyPatch)
     assert asked == [(Problem("linear", "cuda", torch.float16, 24, 64, 3, 32, symmetric=True), 10)]
 
 
-@pytest.mark.parametrize(("gpu_name", "first"), [("NVIDIA H200", None), ("NVIDIA L4", None), ("NVIDIA T1000", config.FLOAT_ROWS)])
+@pytest.mark.parametrize(("gpu_name", "first"), [("NVIDIA H200", None), ("NVIDIA L4", None), ("NVIDIA T1000", FLOAT_ROWS)])
 def test_a_launch_unpacks_where_the_cost_model_says(gpu_name: str, first: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that no record is shipped for, from the constant on; nothing is measured at a launch."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu_name)
@@ -257,7 +256,7 @@ def test_a_launch_unpacks_where_the_cost_model_says(gpu_name: str, first: int | 
     assert found == [False, False, True, True]
     rounded = Problem("linear", "cuda", torch.float16, 1024, 2048, 4, 128, activation_bits=8)
     assert record is None or not float_rows.multiplies_in_float(rounded, 10**6, FIRST)
-    assert float_rows.multiplies_in_float(PROBLEM, config.FLOAT_ROWS, torch.device("cpu"))  # an interpreter
+    assert float_rows.multiplies_in_float(PROBLEM, FLOAT_ROWS, torch.device("cpu"))  # an interpreter
     float_rows._float_rows.cache_clear()
 
 

@@ -42,6 +42,5 @@ SLICED = Work(bytes=A * M * K + M * K / WORD * 4 * (J + 2), instructions=SLICING
 
 def works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
     """The one way there is."""
-    return [
-        bound(SLICED, problem).at(j=problem.activation_bits, count=POPCOUNT["gfx" if device.target.startswith("gfx") else "sm"])
-    ]
+    kind = "gfx" if device.target.startswith("gfx") else "sm"
+    return [bound(SLICED, problem).at(j=problem.activation_bits, count=POPCOUNT[kind])]

@@ -44,9 +44,8 @@ STEP_INSTRUCTIONS = 200
 """Of a thread in a step of two pieces, however many weights it has: for x, for addresses, for waiting."""
 WGMMA_OPERANDS = 1.0
 """Instructions for each weight that bring it to where ``wgmma`` reads, when there are few rows of x."""
-MMA_WEIGHTS = {
-    torch.int8: 16
-}  # for each thread, that an instruction multiplies with 8 rows of x; else half: mma.sync takes 16 x 16
+MMA_WEIGHTS = {torch.int8: 16}  # else 8
+"""For each thread, that an instruction multiplies with 8 rows of x: mma.sync takes 16 x 16, or 16 x 32 of int8."""
 SCALING = {torch.int8: 4}  # instructions for each sum of a group, to convert it and apply step and scale; else those of the scale
 LEAST_INTEGER_PIECE = 32  # columns that int8 products take; fewer are multiplied as float16
 ROUNDING_INSTRUCTIONS = 42  # for each activation, as the kernel compiles for sm_90
