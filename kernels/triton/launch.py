@@ -36,7 +36,9 @@ def device_of(x: Tensor) -> Device:
         return Device()
     properties = torch.cuda.get_device_properties(x.device)
     amd = torch.version.hip is not None
-    return Device(properties.multi_processor_count, wgmma=not amd and properties.major == 9, least_rows=16 if amd else 8)
+    shared = properties.shared_memory_per_block if amd else properties.shared_memory_per_block_optin
+    wgmma, least_rows = not amd and properties.major == 9, 16 if amd else 8
+    return Device(properties.multi_processor_count, wgmma, least_rows, shared, copies_words=not amd)
 
 
 def takes_ptx(x: Tensor) -> bool:

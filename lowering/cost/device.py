@@ -40,7 +40,7 @@ class DeviceRecord:
         clock: Hz under load.
         multiprocessors: streaming multiprocessors or compute units; cores of a CPU.
         lanes: threads of a multiprocessor for which an instruction is issued in a clock.
-        l2_bytes: of the last cache on the chip.
+        l2_bytes: of the L2 cache.
         shared_memory: bytes of a multiprocessor.
         registers: 32-bit, of a multiprocessor.
         threads: that a multiprocessor holds.
@@ -98,6 +98,16 @@ class DeviceRecord:
         return self.multiprocessors * L2_BYTES_PER_CLOCK * self.clock
 
     @property
+    def is_amd(self) -> bool:
+        """Whether it is one of AMD's."""
+        return self.target.startswith("gfx")
+
+    @property
+    def kept_shared(self) -> int:
+        """Bytes of shared memory that each program takes beside its own (CUDA C++ Programming Guide, compute capability 8.0 up)."""
+        return 0 if self.is_amd else 1024
+
+    @property
     def has_wgmma(self) -> bool:
         """Whether four warps multiply together (Hopper)."""
         return self.target == "sm_90"
@@ -105,7 +115,7 @@ class DeviceRecord:
     @property
     def least_rows(self) -> int:
         """Rows of x that an instruction of its matrix units takes at least."""
-        return 16 if self.target.startswith("gfx") else 8
+        return 16 if self.is_amd else 8
 
     @property
     def type(self) -> str:

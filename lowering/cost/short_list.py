@@ -20,7 +20,9 @@ from kbit_inductor.lowering.cost.device import DeviceRecord
 from kbit_inductor.lowering.problem import Problem
 
 LENGTH = 8
-ALIKE = 2
+ALIKE = 2  # configurations that differ in their stages alone, which the model tells apart least
+OF_A_TILE = 4
+"""Configurations of one tile: what the model is wrong about in a tile, it is wrong about in all of them."""
 STEPPED = 2  # pieces of a step where a block is not unrolled
 
 
@@ -35,17 +37,21 @@ class Ranked:
 def short_list(problem: Problem, m: int, device: DeviceRecord, length: int = LENGTH) -> list[Ranked]:
     """The ``length`` configurations with the least expected time for ``m`` rows of x, the fastest first, and the default.
 
-    No more than :data:`ALIKE` of them differ in their stages alone, which the model tells apart least. Of equal times the first in
-    :func:`candidates` comes first, so the list is the same on every machine.
+    No more than :data:`ALIKE` of them differ in their stages alone, and no more than :data:`OF_A_TILE` have the same tile, so that
+    a list holds more than one guess. Of equal times the first in :func:`candidates` comes first, so the list is the same on every
+    machine.
     """
     ranked = [Ranked(config, _seconds(problem, m, config, device)) for config in candidates(problem, m, device)]
     alike: Counter[Config] = Counter()
+    of_tile: Counter[tuple[int, int, int]] = Counter()
     best: list[Ranked] = []
     for each in sorted(ranked, key=lambda each: each.seconds):
         shape = dataclasses.replace(each.config, num_stages=1)
-        alike[shape] += 1
-        if alike[shape] <= ALIKE and len(best) < length:
+        tile = (shape.block_m, shape.block_n, shape.steps)
+        if len(best) < length and alike[shape] < ALIKE and of_tile[tile] < OF_A_TILE:
             best.append(each)
+            alike[shape] += 1
+            of_tile[tile] += 1
     usual = triton_linear.default(problem, m, device)
     if usual not in (each.config for each in best):
         best[length - 1 :] = [Ranked(usual, _seconds(problem, m, usual, device))]
@@ -53,10 +59,12 @@ def short_list(problem: Problem, m: int, device: DeviceRecord, length: int = LEN
 
 
 def candidates(problem: Problem, m: int, device: DeviceRecord) -> Iterator[Config]:
-    """Every configuration that the kernel takes and the device holds."""
+    """The kernel's default, and every other configuration that the kernel takes and the device holds."""
+    usual = triton_linear.default(problem, m, device)
+    yield usual
     for config in _combinations(problem, m, device):
         needed = triton_linear.resources(problem, config, device)
-        if needed.registers <= triton_linear.MOST_REGISTERS and needed.shared <= device.shared_memory:
+        if config != usual and needed.registers <= triton_linear.MOST_REGISTERS and needed.shared <= device.shared_memory:
             yield config
 
 

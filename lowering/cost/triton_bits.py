@@ -18,7 +18,7 @@ from kbit_inductor.lowering.cost.work import BITS, K, M, N, Work
 from kbit_inductor.lowering.problem import Problem
 
 WORD = 32  # columns
-POPCOUNT = {"sm": 8, "gfx": 12}  # by the beginning of the target: instructions in whose time one is done
+POPCOUNT, AMD_POPCOUNT = 8, 12  # instructions in whose time one is done; AMD's are shifts and additions
 FIXED, PAIR = 12, 3
 """Instructions for each word of codes: scale, step and offset of the sum; and for each pair of bits beside the popcount."""
 SLICING = 61  # instructions for each activation to become bits
@@ -42,5 +42,4 @@ SLICED = Work(bytes=A * M * K + M * K / WORD * 4 * (J + 2), instructions=SLICING
 
 def works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
     """The one way there is."""
-    kind = "gfx" if device.target.startswith("gfx") else "sm"
-    return [bound(SLICED, problem).at(j=problem.activation_bits, count=POPCOUNT[kind])]
+    return [bound(SLICED, problem).at(j=problem.activation_bits, count=AMD_POPCOUNT if device.is_amd else POPCOUNT)]

@@ -23,7 +23,7 @@ import sympy
 import torch
 
 from kbit_inductor.kernels.layout import MAX_BITS
-from kbit_inductor.kernels.triton.config import Config, Device, default_config
+from kbit_inductor.kernels.triton.config import Config, Device, default_config, shared_bytes
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost.device import DeviceRecord
 from kbit_inductor.lowering.cost.products import MATRIX, USED, A, bound
@@ -54,14 +54,14 @@ SEGMENT = 128  # columns that share a step
 COLUMNS, BLOCK_M, BLOCK_N, STEPS, PIECE, SPAN, SPLIT_K, WARPS, STAGES = sympy.symbols(
     "columns block_m block_n steps piece span split_k warps stages", positive=True
 )
-X, UNPACKING, REGISTERS, PASSES, SCALE, SUMS, MMA = sympy.symbols("X unpacking registers passes scale sums mma", positive=True)
+X, UNPACKING, REGISTERS, PASSES, SCALE, SUMS, MMA, SHARED = sympy.symbols(
+    "X unpacking registers passes scale sums mma shared", positive=True
+)
 WARP, ALL_REGISTERS, ALL_THREADS, ALL_SHARED = sympy.symbols("warp all_registers all_threads all_shared", positive=True)
 
 _TILES_M, _TILES_N = USED * sympy.ceiling(M / USED / BLOCK_M), sympy.ceiling(N / BLOCK_N)
 _PADDED_M, _PADDED_N = _TILES_M * BLOCK_M, _TILES_N * BLOCK_N
 _THREADS = WARPS * WARP
-SHARED = STAGES * STEPS * PIECE * (BLOCK_N * BITS / 8 + BLOCK_M * X)
-"""Bytes of shared memory of a program: what it has asked for of the words and of x."""
 LINEAR = Work(
     bytes=USED * MATRIX * COLUMNS / K + M * (X * K + A * N),
     l2_bytes=_TILES_M * MATRIX + _TILES_N * M * K * X + (SPLIT_K - 1) * 8 * _PADDED_M * _PADDED_N,
@@ -69,21 +69,19 @@ LINEAR = Work(
     products=2 * _PADDED_M * _PADDED_N * COLUMNS * PASSES,
     launches=1 + sympy.Min(SPLIT_K - 1, 1) + 2 * SUMS,
     programs=_TILES_M * _TILES_N * SPLIT_K,
-    resident=sympy.floor(
-        sympy.Min(ALL_THREADS / _THREADS, ALL_REGISTERS / (REGISTERS * _THREADS), ALL_SHARED / sympy.Max(SHARED, 1), 32)
-    ),
+    resident=sympy.floor(sympy.Min(ALL_THREADS / _THREADS, ALL_REGISTERS / (REGISTERS * _THREADS), ALL_SHARED / SHARED, 32)),
     warps=WARPS,
-    in_flight=STAGES * STEPS * PIECE * BLOCK_N * BITS / 8,
+    in_flight=(STAGES - 1) * STEPS * PIECE * BLOCK_N * BITS / 8,
 )
 """``columns`` are those of a row with its padding; ``passes`` products of the matrix units for each product of the sum, ``mma``
 instructions of theirs for each weight and 8 rows of x, ``scale`` instructions for each sum of a group, ``X`` bytes of what is read
-of an activation."""
+of an activation. While one of the stages is computed, the others are under way."""
 ROUNDING = Work(bytes=M * K * A + M * COLUMNS * (1 + 8 / SEGMENT), instructions=ROUNDING_INSTRUCTIONS * M * COLUMNS, then=LINEAR)
 """Activations rounded to int8 with a step and a sum for each segment, then the product."""
 
 
 class Resources(NamedTuple):
-    """What a program takes: 32-bit registers of a thread, estimated, and bytes of shared memory."""
+    """What a program takes: 32-bit registers of a thread, estimated, and bytes of shared memory, with what the device keeps."""
 
     registers: int
     shared: int
@@ -98,13 +96,15 @@ def _table() -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
 
 def hardware(device: DeviceRecord) -> Device:
     """The device as the kernel's rule for configurations sees it."""
-    return Device(device.multiprocessors, device.has_wgmma, device.least_rows)
+    return Device(
+        device.multiprocessors, device.has_wgmma, device.least_rows, device.shared_memory - device.kept_shared, not device.is_amd
+    )
 
 
 def linear(problem: Problem, config: Config, device: DeviceRecord) -> Work:
     """The work of a product with a configuration, in M, the rows of x of all matrices."""
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
-    span, x = math.gcd(layout.group_pieces, config.steps, 2), operand_dtype(problem)
+    span, x, needed = math.gcd(layout.group_pieces, config.steps, 2), operand_dtype(problem), resources(problem, config, device)
     rounded = x == torch.int8
     multiplied = torch.float16 if rounded and layout.piece < LEAST_INTEGER_PIECE else x
     passes = _digits(problem) + (0 if config.sums or rounded else _parts(problem))
@@ -114,7 +114,7 @@ def linear(problem: Problem, config: Config, device: DeviceRecord) -> Work:
         sums=float(config.sums and not rounded), scale=SCALING.get(x, 2),
         passes=passes / (device.integer_speedup if multiplied == torch.int8 else 1),
         mma=0.0 if uses_wgmma(config, device) else passes / MMA_WEIGHTS.get(multiplied, 8),
-        unpacking=_unpacking(problem, config, device), registers=resources(problem, config, device).registers,
+        unpacking=_unpacking(problem, config, device), registers=needed.registers, shared=needed.shared,
         warp=device.warp, all_registers=device.registers, all_threads=device.threads, all_shared=device.shared_memory,
     )  # fmt: skip
 
@@ -132,9 +132,8 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
     )  # the compiler gives half of it back
     if config.split_k > max(1, known.split_k):
         registers += SHARING_REGISTERS
-    step = config.steps * layout.piece
-    shared = config.num_stages * step * (config.block_n * problem.bits / 8 + config.block_m * operand_dtype(problem).itemsize)
-    return Resources(math.ceil(registers), math.ceil(shared))
+    shared = shared_bytes(config, layout, operand_dtype(problem), hardware(device))
+    return Resources(math.ceil(registers), shared + device.kept_shared)
 
 
 def uses_wgmma(config: Config, device: DeviceRecord) -> bool:
