@@ -49,8 +49,7 @@ class Expectation:
     ranges: RangeTable
 
     def __str__(self) -> str:
-        several = f"; {self.ranges}" if len(self.ranges.names) > 1 else ""
-        return f"{1e6 * self.seconds:.3g} µs by {self.kernel}: {self.bound} (M {self.m}){several}"
+        return f"{1e6 * self.seconds:.3g} µs by {self.kernel}: {self.bound} (M {self.m})"
 
 
 class Clock:

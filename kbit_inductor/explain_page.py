@@ -105,7 +105,8 @@ def _row(layer: LayerReport, largest: int) -> str:
     texts = [layer.name, " × ".join(map(str, layer.shape)), ", ".join(dict.fromkeys(layer.uses))]
     numbers = [str(layer.config.bits) if layer.config else "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"]
     error = f"{layer.error:.2g}" if layer.config else ""
-    expected = "; ".join(dict.fromkeys(map(str, layer.expected)))
+    several = [f"{each}; {each.ranges}" if len(each.ranges.names) > 1 else str(each) for each in layer.expected]
+    expected = "; ".join(dict.fromkeys(several))
     ends = [", ".join(dict.fromkeys(layer.kernels)), expected, "; ".join(why)]
     return (
         "<tr>" + _cells(texts) + _cells(numbers, "number") + f"<td>{bar}</td>" + _cells([error], "number") + _cells(ends) + "</tr>"
