@@ -209,6 +209,7 @@ COUNTING = [each for each in RECORDED if each["x"].endswith(" bits")]
 
 def test_instructions_are_those_that_were_counted() -> None:
     assert json.loads(triton_linear.TABLE.read_text()) == cost_table.table()
+    assert json.loads(triton_linear.LAUNCHED.read_text()) == cost_table.registers()
 
 
 @pytest.mark.parametrize("record_", COUNTED, ids=lambda each: f"{each['x']}-{each['bits']}-{each['rows']}")

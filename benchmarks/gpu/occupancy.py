@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import triton
-from instructions import DEVICES, GROUP_SIZE, SIZE, compile_product
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/, where the package gpu is, in place of this folder
+
+from gpu.instructions import DEVICES, GROUP_SIZE, SIZE, compile_product
 from kbit_inductor.kernels.triton.config import default_config
 from kbit_inductor.kernels.words import WordLayout
 

@@ -18,6 +18,7 @@ H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, wh
 PROGRAMS_PER_MULTIPROCESSOR = 4
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
 LEAST_STAGES = 2
+BARRIERS = 16  # bytes of shared memory, by which NVIDIA's pipelines wait
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     tiles = layout.block_tiles if unrolled else config.steps * layout.bits.bit_count()
     words = tile * tiles if unrolled or device.copies_words else 0
     together = device.wgmma and config.num_warps >= 4 and config.block_n >= 64
-    return (config.num_stages - 1) * (x + words) + (0 if unrolled else x) + (tile * (1 + unrolled) if together else 0)
+    operand = tile * (1 + unrolled) if together else 0
+    return (config.num_stages - 1) * (x + words) + (0 if unrolled else x) + operand + (BARRIERS if device.copies_words else 0)
 
 
 def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:

@@ -31,6 +31,8 @@ from kbit_inductor.lowering.cost.work import BITS, K, M, N, Work
 from kbit_inductor.lowering.problem import Problem
 
 TABLE = Path(__file__).with_name("instructions.json")
+LAUNCHED = Path(__file__).with_name("registers.json")
+GRANULE = 8  # registers of a thread are given out by as many
 STAND_IN = "sm_80"
 COUNTED_ELSEWHERE = "sm_90"  # activations other than float16
 NOT_ROUNDED = 16
@@ -120,7 +122,7 @@ def linear(problem: Problem, config: Config, device: DeviceRecord) -> Work:
 
 
 def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resources:
-    """What a program of a configuration takes."""
+    """What a program of a configuration takes: registers as it compiles, if it is launched by default, else by estimate."""
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
     unrolled = config.steps == layout.block_pieces
     known = default(problem, 1 if unrolled else 256, device)
@@ -133,7 +135,20 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
     if config.split_k > max(1, known.split_k):
         registers += SHARING_REGISTERS
     shared = shared_bytes(config, layout, operand_dtype(problem), hardware(device))
-    return Resources(math.ceil(registers), shared + device.kept_shared)
+    x = str(operand_dtype(problem)).removeprefix("torch.")
+    compiled = _launched().get(device.target, {}).get(x, {}).get(str(problem.bits), {}).get(name_of(config))
+    return Resources(GRANULE * math.ceil((compiled or registers) / GRANULE), shared + device.kept_shared)
+
+
+def name_of(config: Config) -> str:
+    """What registers are listed under: all but how many programs share a tile, and how many stages there are."""
+    return f"{config.block_m}x{config.block_n}x{config.steps}-{config.num_warps}" + ("-sums" if config.sums else "")
+
+
+@functools.cache
+def _launched() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    found: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(LAUNCHED.read_text(encoding="utf-8"))
+    return found
 
 
 def uses_wgmma(config: Config, device: DeviceRecord) -> bool:
