@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,11 @@ from kbit_inductor.lowering.tuner.table import Table, TableError
 from kbit_inductor.lowering.tuner.tune import DoesNotFit, tune
 from kbit_inductor.packing import pack
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from gpu import configurations
+from gpu.targets import NOISE
+
+RESULTS = Path(configurations.__file__).parents[1] / "results"
 HERE = Place("NVIDIA H200", "0123")
 ONE, TWO, THREE = (Config(8, 32, 4, split_k=split) for split in (1, 2, 3))
 PROBLEM = Problem("linear", "cuda", torch.float16, 1024, 2048, 4, 128)
@@ -337,8 +343,8 @@ def test_mistakes_are_told(arguments: list[str], kind: str, monkeypatch: pytest.
 
 
 def test_the_recorded_best_is_in_the_short_list() -> None:
-    """On times of real GPUs, measured by ``kbit tune --exhaustive`` and shipped."""
-    tables = [Table.read(path) for path in SHIPPED.glob("*.json")]
+    """On times of real GPUs, by ``make gpu`` and by ``kbit tune --exhaustive``: up to what two measurements differ by."""
+    tables = [Table.read(path) for path in (*SHIPPED.glob("*.json"), *RESULTS.glob(configurations.FILE))]
     if not tables:
         pytest.skip("no table of a GPU has been recorded yet")
     for table in tables:
@@ -347,4 +353,5 @@ def test_the_recorded_best_is_in_the_short_list() -> None:
         for shape, times in table.shapes.items():
             problem, m = key.problem_of(shape)
             if set(times) >= set(candidates(problem, m, record)):
-                assert table.best(shape) in [each.config for each in short_list(problem, m, record)], shape
+                best = min(times[each.config] for each in short_list(problem, m, record))
+                assert best <= min(times.values()) * (1 + NOISE), shape
