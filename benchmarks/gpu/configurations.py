@@ -1,7 +1,7 @@
 """Every configuration of a few products, timed: what the cost model's short list is compared with.
 
-The times of a shape go into ``gpu_configurations.json`` beside the results, a table as ``kbit tune`` writes, which tests/test_tuner.py
-reads. A shape for which the time did not suffice goes on with the next run.
+The times of a shape go into ``gpu_configurations.json`` beside the results, a table as ``kbit tune`` writes, which
+tests/test_tuner.py reads. A shape for which the time did not suffice goes on with the next run.
 """
 
 from __future__ import annotations

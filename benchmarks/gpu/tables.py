@@ -12,7 +12,7 @@ NONE = "–"
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """One for each shape of a layer, for the epilogue, for configurations, for each model, for what is missing, and for the targets."""
+    """One for each shape of a layer and each model, for epilogues, configurations, what is missing, and the targets."""
     layers = results.get("layers", {}).get("rows", [])
     for shape in dict.fromkeys((row["n"], row["k"]) for row in layers):
         yield _layer(shape, [row for row in layers if (row["n"], row["k"]) == shape])
