@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from simulated_gpu import simulate
 from typer.testing import CliRunner
 
 import kbit_inductor as kbit
-from kbit_inductor import tuning
+from kbit_inductor import kernels, tuning
 from kbit_inductor.cli import app as commands
 from kbit_inductor.cli import tune as command_tune
 from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config
@@ -174,6 +178,103 @@ def test_what_does_not_fit_is_dropped_and_an_interrupt_keeps_the_rest() -> None:
     assert tuned.dropped == ((ONE, "out of shared memory"),)
     assert tuned.interrupted and not tuned.complete
     assert Table(HERE, {"a": {ONE: float("inf")}}).best("a") is None
+
+
+@pytest.mark.parametrize("tried", range(4))
+def test_an_interrupt_at_any_time_leaves_a_whole_file(tried: int, store: Store) -> None:
+    """What was timed before it is kept, and the next run goes on there."""
+
+    def timer(config: Config) -> float:
+        if config.split_k > tried:
+            raise KeyboardInterrupt
+        return 1.0
+
+    configs = [ONE, TWO, THREE]
+    tuned = tune(configs, timer)
+    store.add(Table(HERE, {"a": tuned.times}))
+    found = Store(store.folder, store.shipped).table(HERE).shapes["a"]
+    assert list(found) == configs[:tried] and tuned.interrupted == (tried < 3)
+    assert list(tune(configs, lambda config: 2.0, found).times.values()) == [1.0] * tried + [2.0] * (3 - tried)
+
+
+def test_every_launch_that_is_timed_reads_a_weight_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many that twice the cache does not hold them."""
+    linear = pytest.importorskip("kbit_inductor.kernels.triton.linear", reason="Triton is not installed")
+    cache, seen = 1 << 20, list[torch.Tensor]()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=cache))
+    monkeypatch.setattr(linear, "linear", lambda x, words, *rest, **options: seen.append(words) or options["config"])
+    launches = gpu_timer._launches(PROBLEM, 3, torch.device("cpu"))
+    assert [launch(TWO) for launch in launches] == [TWO] * len(launches)
+    assert len({words.data_ptr() for words in seen}) == len(seen) and sum(words.nbytes for words in seen) >= 2 * cache
+    assert seen[0].nbytes == PROBLEM.rows * PROBLEM.columns * PROBLEM.bits // 8
+
+
+def test_a_graph_of_the_whole_chain_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU whose graphs count what they recorded: the least of the replays, over as many calls."""
+    state: dict[str, Any] = {"recording": False, "recorded": 0, "replays": 0, "compiled": 0}
+    milliseconds = iter([9.0, 4.0, 8.0, 7.0, 6.0])
+
+    @contextlib.contextmanager
+    def graph(_: object) -> Iterator[None]:
+        state["recording"] = True
+        yield
+        state["recording"] = False
+
+    def call() -> None:
+        state["recorded" if state["recording"] else "compiled"] += 1
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: next(milliseconds))
+    fakes = {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: contextlib.nullcontext(), "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: state.update(replays=state["replays"] + 1)),
+        "Event": lambda enable_timing: event,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert gpu_timer._graph_seconds([call] * 5) == 4e-3 / 20
+    assert state == {"recording": False, "recorded": 20, "replays": gpu_timer.REPLAYS, "compiled": 1}
+
+
+def test_what_does_not_fit_or_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
+    raised = iter([errors.OutOfResources(300_000, 232_448, "shared memory"), errors.PTXASError("ptxas"), MemoryError()])
+
+    def seconds(calls: object) -> float:
+        raise next(raised)
+
+    monkeypatch.setattr(gpu_timer, "_launches", lambda *_: [])
+    monkeypatch.setattr(gpu_timer, "_graph_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    timer = gpu_timer.gpu_timer(PROBLEM, 1, FIRST)
+    for why in ("shared memory", "ptxas"):
+        with pytest.raises(DoesNotFit, match=why):
+            timer(ONE)
+    with pytest.raises(MemoryError):
+        timer(ONE)
+
+
+def test_times_are_of_the_kernels_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of all of them and of Triton, but for the rule for what is launched where nothing was measured."""
+    folder = shutil.copytree(
+        Path(kernels.__file__).parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("cpu", "__pycache__")
+    )
+    monkeypatch.setattr(kernels, "__file__", str(folder / "__init__.py"))
+
+    def hashed() -> str:
+        return key.source_hash.__wrapped__()
+
+    first = hashed()
+    with (folder / "triton" / key.RULE).open("a") as file:
+        file.write("# other\n")
+    assert hashed() == first
+    for changed in (folder / "words.py", folder / "triton" / "linear.py", folder / "triton" / "unpack.py"):
+        before = hashed()
+        with changed.open("a") as file:
+            file.write("# other\n")
+        assert hashed() != before
+    monkeypatch.setattr(key, "_triton_version", lambda: "0.0")
+    assert hashed() != before
 
 
 @pytest.fixture
