@@ -1,8 +1,8 @@
 """What of the Triton kernels the tests run in Triton's interpreter, counted: ``python benchmarks/gpu/interpreter.py``.
 
-Every check of tests/test_triton_kernels.py is run until each number of bits was tried with each dtype, by as many random examples as
-that takes; calls are counted where the checks call a kernel. Writes benchmarks/results/gpu_interpreter.json, and a table of it into
-docs/interpreter.md. It needs some minutes and no GPU. No check may fail.
+Every check of tests/test_triton_kernels.py is run until each number of bits was tried with each dtype, by as many random examples
+as that takes; calls are counted where the checks call a kernel. Writes benchmarks/results/gpu_interpreter.json, and a table of it
+into docs/interpreter.md. It needs some minutes and no GPU. No check may fail.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ PAGE = REPOSITORY / "docs" / "interpreter.md"
 DTYPES = ("float16", "bfloat16", "float32")
 BITS = range(1, 9)
 MINUTES = 2.0  # for each check
+PAGE_HEAD = """# What the interpreter has run
+
+How many random products and look-ups of each kind `python benchmarks/gpu/interpreter.py` has compared with the reference in Triton
+{version}'s interpreter, by the checks of `tests/test_triton_kernels.py`, each with shapes, groups, strides, bias, codebook and
+configuration of its own. None was outside the bound. CI runs the same checks, on fewer.
+
+"""
 Cell = tuple[str, int, str]
 
 CHECKS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
@@ -89,12 +96,7 @@ def table(seen: Counter[Cell]) -> str:
     for family in dict.fromkeys(family for _, (_, tried) in CHECKS.items() for family in tried):
         for dtype in DTYPES:
             lines.append(f"| {family} | {dtype} | " + " | ".join(str(seen[family, bits, dtype]) for bits in BITS) + " |")
-    return (
-        "# What the interpreter has run\n\n"
-        "How many random products and look-ups of each kind `python benchmarks/gpu/interpreter.py` has compared with the reference in\n"
-        f"Triton {triton.__version__}'s interpreter, by the checks of `tests/test_triton_kernels.py`, each with shapes, groups, strides,\n"
-        "bias, codebook and configuration of its own. None was outside the bound. CI runs the same checks on fewer.\n\n" + "\n".join(lines) + "\n"
-    )  # fmt: skip
+    return PAGE_HEAD.format(version=triton.__version__) + "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -126,18 +126,26 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
     unrolled = config.steps == layout.block_pieces
     known = default(problem, 1 if unrolled else 256, device)
-    counted = _counted(problem, unrolled, device)["registers"]
-    longer = max(1, config.block_n / config.num_warps / (known.block_n / known.num_warps))  # codes that a thread holds
-    more = (config.block_m * config.block_n / config.num_warps - known.block_m * known.block_n / known.num_warps) / device.warp
-    registers = max(
-        LEAST_REGISTERS, counted * (1 + CODE_SHARE * (longer - 1)) + TILES * max(more, more / 2)
-    )  # the compiler gives half of it back
+    registers = _launched_registers(problem, config, device) or _estimated_registers(problem, config, known, unrolled, device)
     if config.split_k > max(1, known.split_k):
         registers += SHARING_REGISTERS
     shared = shared_bytes(config, layout, operand_dtype(problem), hardware(device))
+    return Resources(GRANULE * math.ceil(registers / GRANULE), shared + device.kept_shared)
+
+
+def _launched_registers(problem: Problem, config: Config, device: DeviceRecord) -> int:
+    """Of a thread, as compiled; 0 of what is not launched by default."""
     x = str(operand_dtype(problem)).removeprefix("torch.")
-    compiled = _launched().get(device.target, {}).get(x, {}).get(str(problem.bits), {}).get(name_of(config))
-    return Resources(GRANULE * math.ceil((compiled or registers) / GRANULE), shared + device.kept_shared)
+    return _launched().get(device.target, {}).get(x, {}).get(str(problem.bits), {}).get(name_of(config), 0)
+
+
+def _estimated_registers(problem: Problem, config: Config, known: Config, unrolled: bool, device: DeviceRecord) -> float:
+    """Of a thread, by those of the configuration ``known``."""
+    counted = _counted(problem, unrolled, device)["registers"]
+    longer = max(1, config.block_n / config.num_warps / (known.block_n / known.num_warps))  # codes that a thread holds
+    more = (config.block_m * config.block_n / config.num_warps - known.block_m * known.block_n / known.num_warps) / device.warp
+    # The compiler gives half of it back.
+    return max(LEAST_REGISTERS, counted * (1 + CODE_SHARE * (longer - 1)) + TILES * max(more, more / 2))
 
 
 def name_of(config: Config) -> str:
