@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ How many random products and look-ups of each kind `python benchmarks/gpu/interp
 configuration of its own. None was outside the bound. CI runs the same checks, on fewer.
 
 """
+SETTING = {"triton": triton.__version__, "source": source_hash()}
 Cell = tuple[str, int, str]
 
 CHECKS: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
@@ -99,25 +100,44 @@ def table(seen: Counter[Cell]) -> str:
     return PAGE_HEAD.format(version=triton.__version__) + "\n".join(lines) + "\n"
 
 
+def kept(names: Sequence[str]) -> Counter[Cell]:
+    """What an earlier run has counted of the same kernels, in other checks than ``names``."""
+    anew = {family for name in names for family in CHECKS[name][1]}
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if found.get("setting") != SETTING:
+        return Counter()
+    return Counter({
+        (family, int(bits), dtype): count
+        for family, dtypes in found["families"].items() if family not in anew
+        for dtype, counts in dtypes.items() for bits, count in counts.items()
+    })  # fmt: skip
+
+
+def write(seen: Counter[Cell]) -> None:
+    """The results and the page."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for (family, bits, dtype), count in sorted(seen.items()):
+        found.setdefault(family, {}).setdefault(dtype, {})[str(bits)] = count
+    RESULTS.write_text(json.dumps({"setting": SETTING, "families": found}, indent=1) + "\n")
+    PAGE.write_text(table(seen))
+
+
 def main() -> int:
-    """1 where some cell was never tried."""
-    seen: Counter[Cell] = Counter()
+    """Arguments are checks, to run those alone. 1 where some cell of them was never tried."""
+    names = sys.argv[1:] or list(CHECKS)
+    before, seen = kept(names), Counter[Cell]()
     count_calls(seen)
     checks.dot_of_bfloat16()
     missing = []
-    for name, (check, tried) in CHECKS.items():
+    for name in names:
+        check, tried = CHECKS[name]
         cells = [(family, bits, dtype) for family in tried for bits in BITS for dtype in DTYPES]
         end = time.monotonic() + 60 * MINUTES
         while any(not seen[cell] for cell in cells) and time.monotonic() < end:
             check()
         missing += [cell for cell in cells if not seen[cell]]
         print(name, sum(seen[cell] for cell in cells), flush=True)
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for (family, bits, dtype), count in sorted(seen.items()):
-        found.setdefault(family, {}).setdefault(dtype, {})[str(bits)] = count
-    setting = {"triton": triton.__version__, "source": source_hash()}
-    RESULTS.write_text(json.dumps({"setting": setting, "families": found}, indent=1) + "\n")
-    PAGE.write_text(table(seen))
+    write(before + seen)
     print("never tried:", missing or "none")
     return bool(missing)
 
