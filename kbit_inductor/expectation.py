@@ -18,7 +18,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.kernel_registry import kernels
 from kbit_inductor.lowering.problem import Problem
-from kbit_inductor.lowering.registry import MATRIX_FAMILIES, Kernel, choose
+from kbit_inductor.lowering.registry import Kernel, choose
 
 if TYPE_CHECKING:
     from kbit_inductor.lowering.cost.crossover import RangeTable
@@ -38,7 +38,7 @@ class Expectation:
         kernel: that would be chosen there.
         seconds: in all.
         bound: what takes longest: ``"memory"``, ``"L2 cache"``, ``"instructions"``, ``"tensor cores"`` or ``"launch"``.
-        ranges: the fastest kernel by M.
+        ranges: the fastest kernel by M, and its way where it has several.
     """
 
     device: str
@@ -49,8 +49,7 @@ class Expectation:
     ranges: RangeTable
 
     def __str__(self) -> str:
-        several = f"; {self.ranges}" if len(self.ranges.names) > 1 else ""
-        return f"{1e6 * self.seconds:.3g} µs by {self.kernel}: {self.bound} (M {self.m}){several}"
+        return f"{1e6 * self.seconds:.3g} µs by {self.kernel}: {self.bound} (M {self.m})"
 
 
 class Clock:
@@ -68,7 +67,7 @@ class Clock:
     def times(
         self, uses: Iterable[tuple[Problem | None, Rows]], config: LayerConfig, on: torch.device | None = None
     ) -> tuple[Expectation, ...]:
-        """Of ``uses`` of a weight that is ``on`` some device, those that the cost model knows: not of a batch of matrices."""
+        """Of ``uses`` of a weight that is ``on`` some device, in their order."""
         device = self._device or (on if on is not None and on.type == "cuda" else None)
         if device is None:
             return ()
@@ -77,7 +76,7 @@ class Clock:
         return tuple(
             _expected(dataclasses.replace(problem, **there), _number(m), record, kernels())
             for problem, m in uses
-            if problem is not None and problem.family in MATRIX_FAMILIES and problem.rows * problem.columns
+            if problem is not None and problem.rows * problem.columns
         )
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group
-from rich.table import Table
 from torch import Tensor, fx, nn
 
-from kbit_inductor import backend
+from kbit_inductor import backend, explain_table
 from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context, Use
 from kbit_inductor.config import Config, LayerConfig
@@ -99,22 +98,7 @@ class Explanation:
         raise KeyError(name)
 
     def __rich__(self) -> Group:
-        table = Table(title=f"kbit: {len(self.matched)} of {len(self.layers)} weight matrices packed", show_footer=True)
-        before, after = (sum(getattr(layer, key) for layer in self.layers) for key in ("bytes_before", "bytes_after"))
-        times = [each for layer in self.layers for each in layer.expected]
-        columns = [("layer", ""), ("shape", ""), ("use", ""), ("bits", ""), ("group", ""), ("bytes before", f"{before:,}"),
-                   ("after", f"{after:,}"), ("error", ""), ("kernel", ""), ("why", "")]  # fmt: skip
-        if times:
-            columns.append((f"expected on {times[0].device}", f"{1e6 * self.seconds:.4g} µs"))
-        for title, footer in columns:
-            right = title in ("bits", "group", "bytes before", "after", "error")
-            table.add_column(title, footer, justify="right" if right else "left", overflow="fold")
-        for layer in self.layers:
-            expected = ["; ".join(dict.fromkeys(map(str, layer.expected)))] if times else []
-            table.add_row(*_cells(layer), *expected)
-        breaks = "; ".join(f"{reason.splitlines()[0]} ({count})" for reason, count in self.graph_breaks.items()) or "none"
-        fused = ", ".join(f"{kind} {count}" for kind, count in sorted(self.fusions.items())) or "nothing"
-        return Group(table, f"graphs: {self.graphs}, graph breaks: {breaks}; fused: {fused}")
+        return explain_table.table(self)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160)
@@ -301,17 +285,3 @@ def _unreached(model: Any, seen: set[int]) -> list[LayerReport]:
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in seen
     ]
-
-
-def _cells(layer: LayerReport) -> list[str]:
-    shape = " x ".join(map(str, layer.shape))
-    if layer.config is None:
-        why = "; ".join(layer.reasons)
-        return [layer.name, shape, "", "", "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}", "", "", why]
-    why = "; ".join((*layer.reasons, *(f"not {name}: {reason}" for name, reason in layer.rejected.items())))
-    bits = f"{layer.config.bits} {layer.config.codebook}" if layer.config.levels() else str(layer.config.bits)
-    group = "row" if layer.config.group_size == -1 else str(layer.config.group_size)
-    return [
-        layer.name, shape, ", ".join(dict.fromkeys(layer.uses)), bits, group, f"{layer.bytes_before:,}",
-        f"{layer.bytes_after:,}", f"{layer.error:.2g}", ", ".join(dict.fromkeys(layer.kernels)), why,
-    ]  # fmt: skip

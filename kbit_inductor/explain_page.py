@@ -109,7 +109,8 @@ def _row(layer: LayerReport, largest: int, longest: float) -> str:
     numbers = [str(layer.config.bits) if layer.config else "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"]
     size = _bar(layer.bytes_before / largest, layer.bytes_after / max(layer.bytes_before, 1))
     error = f"{layer.error:.2g}" if layer.config else ""
-    expected = escape("; ".join(dict.fromkeys(map(str, layer.expected))))
+    several = [f"{each}; {each.ranges}" if len(each.ranges.names) > 1 else str(each) for each in layer.expected]
+    expected = escape("; ".join(dict.fromkeys(several)))
     time = expected and expected + _bar(_seconds(layer) / longest, 1.0)
     ends = [", ".join(dict.fromkeys(layer.kernels)), "; ".join(why)]
     return (

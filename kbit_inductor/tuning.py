@@ -74,7 +74,8 @@ def _problems(found: Explanation, dtype: torch.dtype) -> Iterator[Problem]:
         if config is not None and "linear" in layer.uses:
             rows, columns = layer.shape
             sizes = (rows, columns, config.bits, config.group_columns(columns))
-            yield Problem("linear", "cuda", dtype, *sizes, config.levels() is None, symmetric=config.symmetric)
+            rounding = config.activation_bits_on("cuda")
+            yield Problem("linear", "cuda", dtype, *sizes, config.levels() is None, rounding, config.symmetric)
 
 
 def tune(
@@ -106,6 +107,8 @@ def tune(
     for problem in problems:
         choice = choose(problem)
         if choice.kernel.name != "triton":
+            if choice.kernel.name != "reference":
+                continue  # another kernel, which is not cut by configurations
             raise InvalidOptionError(f"there is nothing to tune: the Triton kernel {dict(choice.rejected)['triton']}")
         for m in dict.fromkeys(map(bucket, rows)):
             tuned = lookup.tune_shape(problem, m, place, store, limit, exhaustive)

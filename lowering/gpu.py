@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
-from kbit_inductor.kernels.triton.config import FLOAT_ROWS
 from kbit_inductor.kernels.words import unpack_words
 from kbit_inductor.lowering import operands, ops
+from kbit_inductor.lowering.float_rows import multiplies_in_float
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.tuner.lookup import config_for
@@ -60,7 +60,8 @@ def _linear(
 ) -> Tensor:  # fmt: skip
     """By float weights where there are many rows of x."""
     packed = (words, scale, offset, global_scale)
-    if activation_bits == NOT_ROUNDED and x.dtype in HALVES and x.numel() >= FLOAT_ROWS * x.size(-1) > 0:
+    problem = _problem(x, words, offset, bits, group_size, codebook, activation_bits)
+    if activation_bits == NOT_ROUNDED and x.dtype in HALVES and x.numel() and multiplies_in_float(problem, rows_of(x), x.device):
         from kbit_inductor.kernels.triton.dequantize import linear_by_float
 
         operands.check_devices(x, weight=words, scale=scale, bias=bias)
@@ -79,12 +80,20 @@ def _fused_linear(
     operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
     operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
     grid = (words, scale, offset, global_scale)
-    config = None
-    if activation_bits == NOT_ROUNDED:  # those of rounded activations are not tuned
-        sizes = (words.size(0), x.size(-1), bits, group_size)
-        problem = Problem("linear", "cuda", x.dtype, *sizes, uniform=codebook is None, symmetric=offset is None)
-        config = config_for(problem, math.prod(x.shape[:-1]), x.device)
+    config = config_for(_problem(x, words, offset, bits, group_size, codebook, activation_bits), rows_of(x), x.device)
     return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, activation_bits, config)
+
+
+def _problem(
+    x: Tensor, words: Tensor, offset: Tensor | None, bits: int, group_size: int, codebook: Tensor | None, activation_bits: int
+) -> Problem:
+    sizes = (words.size(0), x.size(-1), bits, group_size)
+    return Problem("linear", "cuda", x.dtype, *sizes, codebook is None, activation_bits, offset is None)
+
+
+def rows_of(x: Tensor) -> int:
+    """Of ``x`` ``[..., K]``, all but its last dimension together."""
+    return math.prod(x.shape[:-1])
 
 
 def _linear_bits(*arguments: Any) -> Tensor:

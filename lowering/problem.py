@@ -24,6 +24,7 @@ class Problem:
         symmetric: whether there is no offset.
         device_index: which of the devices of its type.
         cascade: whether the first planes of the codes are to be read alone.
+        matrices: E, of a batch; else 1.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Problem:
     symmetric: bool = False
     device_index: int = 0
     cascade: bool = False
+    matrices: int = 1
 
     @property
     def packed_bytes(self) -> float:

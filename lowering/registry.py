@@ -169,9 +169,15 @@ def _cpu_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
 
 
 def _triton_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
-    from kbit_inductor.lowering.cost import triton_linear
+    from kbit_inductor.lowering.cost import triton_ways
 
-    return triton_linear.works(problem, device)
+    return triton_ways.works(problem, device)
+
+
+def _triton_bits_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
+    from kbit_inductor.lowering.cost import triton_bits
+
+    return triton_bits.works(problem, device)
 
 
 def _reference_works(problem: Problem, device: DeviceRecord) -> Sequence[Work]:
@@ -184,6 +190,6 @@ KERNELS = (
     Kernel("bits", "_cpu", _bits_supports, _bits_cost, "vectors", rounds=True),
     Kernel("cpu", "_cpu", _cpu_supports, lambda problem: problem.packed_bytes, "tiled", _cpu_works, rounds=True),
     Kernel("triton", "_triton", _triton_supports, _triton_cost, "words", _triton_works, rounds=True),
-    Kernel("triton-bits", "_triton_bits", _triton_bits_supports, _triton_bits_cost, rounds=True),
+    Kernel("triton-bits", "_triton_bits", _triton_bits_supports, _triton_bits_cost, "planes", _triton_bits_works, rounds=True),
     Kernel("reference", "", lambda problem: None, _reference_bytes, "planes", _reference_works),
 )

@@ -19,7 +19,7 @@ from kbit_inductor.lowering.problem import Problem
 LUCK = 0.03  # how far a configuration is off, at most
 
 
-def simulate(problem: Problem, m: int, config: Config, device: DeviceRecord) -> float:
+def simulate(problem: Problem, m: int, config: Config, device: DeviceRecord, luck: float = LUCK) -> float:
     """Seconds that the product takes on the simulated GPU."""
     work = triton_linear.linear(problem, config, device).quantities(m)
     programs, resident = int(work.programs), max(1, int(work.resident))
@@ -35,7 +35,7 @@ def simulate(problem: Problem, m: int, config: Config, device: DeviceRecord) -> 
         end = free + LATENCY + _alone(share, int(work.warps), beside, crowd, float(work.in_flight), device)
         last = max(last, end)
         heapq.heappush(processors, (end, index))
-    return (float(work.launches) * device.launch + last) * (1 + LUCK * _luck(config))
+    return (float(work.launches) * device.launch + last) * (1 + luck * _luck(config))
 
 
 def _alone(share: dict[str, float], warps: int, beside: int, crowd: int, in_flight: float, device: DeviceRecord) -> float:

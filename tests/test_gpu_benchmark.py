@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,17 @@ pytest.importorskip("matplotlib")
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from gpu import contenders, layers, llama, run, suite, tables, targets  # noqa: E402
+from gpu import configurations, contenders, layers, llama, run, suite, tables, targets  # noqa: E402
 from gpu.clock import RehearsalClock  # noqa: E402
 from gpu.session import OUT_OF_TIME, Session, ending  # noqa: E402
+
+from kbit_inductor.kernels.triton.config import Config  # noqa: E402
+from kbit_inductor.kernels.words import WordLayout  # noqa: E402
+from kbit_inductor.lowering.problem import Problem  # noqa: E402
+from kbit_inductor.lowering.tuner.key import Place, shape_key  # noqa: E402
+from kbit_inductor.lowering.tuner.table import Table  # noqa: E402
+
+TINY = Problem("linear", "cuda", torch.float16, 64, 256, 4, 128)
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 
@@ -31,7 +40,8 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     folder = tmp_path_factory.mktemp("rehearsal")
     file, picture = folder / "gpu.json", folder / "layers.png"
     with torch.compiler.set_stance("force_eager"):
-        code = run.main(["--rehearse", "--only", "layers,epilogue,models,peers", "--json", str(file), "--picture", str(picture)])
+        parts = ",".join(run.SHARES.keys() - {"tests"})
+        code = run.main(["--rehearse", "--only", parts, "--json", str(file), "--picture", str(picture)])
     assert code == 0
     return json.loads(file.read_text(encoding="utf-8")), picture
 
@@ -46,6 +56,41 @@ def test_a_rehearsal_has_every_part_and_says_what_it_is(rehearsed: tuple[dict[st
     assert set(models) == {"kbit 4", "torch.compile"}
     assert {"decode_1_seconds", "decode_2_seconds", "prefill_16_seconds", "read_bytes"} <= set(models["kbit 4"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_configurations_are_a_table_that_goes_on(rehearsed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    results, picture = rehearsed
+    (row,) = results["configurations"]["rows"]
+    assert row["complete"] and row["timed"] == row["configurations"] > 8 and row["behind"] == 0
+    file = picture.with_name(configurations.FILE)
+    (times,) = Table.read(file).shapes.values()
+    assert len(times) == row["timed"]
+    half = Table(Place("none: a rehearsal", "none"), {shape_key(TINY, 1): dict(list(times.items())[:5])})
+    half.write(tmp_path / configurations.FILE)
+    again = session(tmp_path, 60, "configurations")
+    configurations.measure(again)
+    assert Table.read(tmp_path / configurations.FILE).shapes == Table.read(file).shapes
+
+
+def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the arguments alone: no driver is there to compile for."""
+    linear = pytest.importorskip("kbit_inductor.kernels.triton.linear", reason="Triton is not installed")
+    seen: list[dict[str, Any]] = []
+    kernel = SimpleNamespace(warmup=lambda grid, **arguments: seen.append(arguments))
+    monkeypatch.setattr(linear, "linear_kernel", kernel)
+    config = Config(8, 32, 4, num_warps=2)
+    configurations.compile_one(TINY, 1, config)
+    launched = type("Launcher", (), {"__getitem__": lambda _, grid: lambda **arguments: seen.append(arguments)})()
+    monkeypatch.setattr(linear, "linear_kernel", launched)
+    words = torch.zeros(64, WordLayout.of(4, 256, 128).row_words, dtype=torch.int16)
+    scale = torch.zeros(2, 64).half()
+    linear.linear(torch.zeros(1, 256).half(), words, scale, scale, torch.ones(1), None, 4, 128, config=config)
+    ahead, now = ({name: _kind(value) for name, value in each.items() if name != "PTX"} for each in seen)
+    assert ahead == now
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
 
 
 def test_peers_are_rows_with_a_reason(rehearsed: tuple[dict[str, Any], Path]) -> None:
@@ -66,9 +111,9 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, caps
     assert run.main([]) == 1 and "--rehearse" in capsys.readouterr().out
 
 
-def session(path: Path, seconds: float) -> Session:
+def session(path: Path, seconds: float, part: str = "layers") -> Session:
     made = Session(torch.device("cpu"), RehearsalClock(), path / "gpu.json", time.monotonic() + seconds)
-    made.begin("layers", 1.0)
+    made.begin(part, 1.0)
     return made
 
 

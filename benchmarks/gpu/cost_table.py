@@ -1,7 +1,8 @@
 """What the cost model needs of the compiled kernels: ``python benchmarks/gpu/cost_table.py``.
 
 From benchmarks/results/gpu_instructions.json to lowering/cost/instructions.json: registers, and the instructions of the main loop
-for each weight but for those that the model counts itself, the products and the scaling of sums. tests/test_cost_model.py compares.
+for each weight but for those that the model counts itself, the products and the scaling of sums. From gpu_occupancy.json to
+lowering/cost/registers.json: those of every configuration that is launched by default. tests/test_cost_model.py compares.
 """
 
 from __future__ import annotations
@@ -10,37 +11,57 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kbit_inductor.kernels.triton.config import Config
+from kbit_inductor.lowering.cost.triton_linear import name_of
+
 MEASURED = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
+OCCUPANCY = MEASURED.with_name("gpu_occupancy.json")
 TABLE = Path(__file__).parents[2] / "lowering" / "cost" / "instructions.json"
+REGISTERS = TABLE.with_name("registers.json")
 LOOPS = {1: "unrolled", 256: "stepped"}  # rows of x: the loop of the kernel that is launched for them
-COUNTED = ("HMMA", "HGMMA", "FFMA")
+ACTIVATIONS = ("float16", "bfloat16", "int8")
+COUNTED = {"int8": ("IMMA", "IGMMA", "FFMA", "I2FP", "FMUL")}
+COUNTED_OF_FLOATS = ("HMMA", "HGMMA", "FFMA")
 
 
 def table() -> dict[str, Any]:
-    """By target, loop and bits: instructions for each weight, and registers of a thread."""
+    """By target, dtype of activations, loop and bits: instructions for each weight, and registers of a thread."""
     found: dict[str, Any] = {}
     records = json.loads(MEASURED.read_text())["records"]
-    for record in (each for each in records if each["x"] == "float16" and "ragged" not in each):
+    for record in (each for each in records if each["x"] in ACTIVATIONS and "ragged" not in each):
         row = {"registers": record["registers"]}
         if "kinds" in record:
-            rest = sum(count for kind, count in record["kinds"].items() if kind not in COUNTED)
+            counted = COUNTED.get(record["x"], COUNTED_OF_FLOATS)
+            rest = sum(count for kind, count in record["kinds"].items() if kind not in counted)
             row["per_weight"] = round(rest / record["weights"], 3)
-        found.setdefault(record["target"], {}).setdefault(LOOPS[record["rows"]], {})[str(record["bits"])] = row
+        loops = found.setdefault(record["target"], {}).setdefault(record["x"], {})
+        loops.setdefault(LOOPS[record["rows"]], {})[str(record["bits"])] = row
+    return found
+
+
+def registers() -> dict[str, Any]:
+    """By target, dtype of activations, bits and :func:`name_of` a configuration."""
+    found: dict[str, Any] = {}
+    for record in json.loads(OCCUPANCY.read_text())["records"]:
+        bits = found.setdefault(record["target"], {}).setdefault(record["x"], {}).setdefault(str(record["bits"]), {})
+        bits[name_of(Config(**record["config"]))] = record["registers"]
     return found
 
 
 def main() -> None:
-    lines = [
-        f'  "{target}": {{\n'
-        + ",\n".join(f'    "{loop}": {{\n' + _rows(rows) + "\n    }" for loop, rows in loops.items())
-        + "\n  }"
-        for target, loops in table().items()
-    ]
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    TABLE.write_text("{\n" + _nested(table(), 1) + "\n}\n")
+    REGISTERS.write_text("{\n" + _nested(registers(), 1) + "\n}\n")
 
 
-def _rows(rows: dict[str, Any]) -> str:
-    return ",\n".join(f'      "{bits}": {json.dumps(row)}' for bits, row in rows.items())
+def _nested(found: dict[str, Any], depth: int) -> str:
+    """As JSON with a row of the table on each line, so that a change of one shows."""
+    indent = "  " * depth
+    return ",\n".join(
+        f'{indent}"{name}": {json.dumps(value)}'
+        if not any(isinstance(each, dict) for each in value.values())
+        else f'{indent}"{name}": {{\n{_nested(value, depth + 1)}\n{indent}}}'
+        for name, value in found.items()
+    )
 
 
 if __name__ == "__main__":

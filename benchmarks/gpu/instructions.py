@@ -25,11 +25,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
 SIZE = 8192
 GROUP_SIZE = 128
 DEVICES = {
-    "sm_80": Device(108),  # A100
-    "sm_86": Device(84),  # RTX 3090
-    "sm_90": Device(132, wgmma=True),  # H100, H200
-    "sm_100": Device(148),  # B200
-    "gfx942": Device(304, least_rows=16),  # MI300X
+    "sm_80": Device(108, shared_memory=163 << 10),  # A100
+    "sm_86": Device(84, shared_memory=99 << 10),  # RTX 3090
+    "sm_90": Device(132, wgmma=True, shared_memory=227 << 10),  # H100, H200
+    "sm_100": Device(148, shared_memory=227 << 10),  # B200
+    "gfx942": Device(304, least_rows=16, shared_memory=64 << 10, copies_words=False),  # MI300X
 }
 ROWS = (1, 256)
 ACTIVATIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": None}

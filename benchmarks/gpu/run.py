@@ -1,6 +1,7 @@
 """The GPU benchmark, in ten minutes at most: ``make gpu``, or ``python benchmarks/gpu/run.py``.
 
-First the tests that need a GPU; if one fails nothing is timed. Then ceilings of the machine, layers, fused epilogues, whole models.
+First the tests that need a GPU; if one fails nothing is timed. Then ceilings of the machine, layers, fused epilogues, whole models,
+and all configurations of a few products.
 Writes ``benchmarks/results/gpu.json`` after every row, draws ``docs/gpu-layers.png``, prints tables.
 
 ``--rehearse`` runs all of it on a CPU, on tiny shapes and by a clock that tells no time, to see that a run would end and write its
@@ -24,7 +25,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch  # noqa: E402 (see above)
 from rich.console import Console  # noqa: E402
 
-from gpu import contenders, epilogue, heatmap, layers, machine, models, suite, tables, targets  # noqa: E402
+from gpu import configurations, contenders, epilogue, heatmap, layers, machine, models, suite, tables, targets  # noqa: E402
 from gpu.clock import CudaClock, RehearsalClock  # noqa: E402
 from gpu.session import Session  # noqa: E402
 from kbit_inductor.testing.without_gpu import operators_on_cpu  # noqa: E402
@@ -33,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MINUTES = 9.0
 # Part to its share of the time that is left when it begins. What one does not use is left to the next.
-SHARES = {"tests": 0.3, "layers": 0.5, "epilogue": 0.15, "models": 0.75, "peers": 1.0}
+SHARES = {"tests": 0.3, "layers": 0.45, "epilogue": 0.1, "models": 0.65, "configurations": 0.5, "peers": 1.0}
 BITS = (4, 2, 3, 8, 1, 5, 6, 7)
 
 
@@ -87,6 +88,7 @@ def measure(session: Session, only: Sequence[str]) -> bool:
         "layers": lambda: layers.measure(session, ours, found),
         "epilogue": lambda: _epilogue(session),
         "models": lambda: models.measure_all(session, found),
+        "configurations": lambda: configurations.measure(session),
         "peers": lambda: _peers(session, found),
     }
     for part, run in parts.items():

@@ -12,7 +12,7 @@ NONE = "–"
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """One for each shape of a layer, for the epilogue, for each model, for what is missing, and for the targets."""
+    """One for each shape of a layer and each model, for epilogues, configurations, what is missing, and the targets."""
     layers = results.get("layers", {}).get("rows", [])
     for shape in dict.fromkeys((row["n"], row["k"]) for row in layers):
         yield _layer(shape, [row for row in layers if (row["n"], row["k"]) == shape])
@@ -30,6 +30,14 @@ def tables(results: Results) -> Iterator[Table]:
             for r in rows
         ]
         yield _table("bias, SiLU, factor and residual sum in the product", head, lines)
+    if rows := results.get("configurations", {}).get("rows", []):
+        head = ("layer", "rows of x", "bits", "timed", "of", "best, µs", "best of the short list, µs")
+        lines = [
+            (f"{r['n']} × {r['k']}", f"{r['m']}", f"{r['bits']}", f"{r['timed']}", f"{r['configurations']}", _us(r["best_seconds"]),
+             _us(r["listed_seconds"]))
+            for r in rows
+        ]  # fmt: skip
+        yield _table("all configurations", head, lines)
     models = results.get("models", {}).get("rows", [])
     for name in dict.fromkeys(row["model"] for row in models):
         yield _model(name, [row for row in models if row["model"] == name])

@@ -8,11 +8,12 @@ from typing import Any
 Results = dict[str, Any]
 SIDE = 8192  # of the layer that published figures are of
 ROWS_OF_SIDE = (1, 16, 64, 128)
+NOISE = 0.02  # what two measurements of one configuration may differ by
 
 
 def judged(results: Results) -> list[Results]:
     """Each target with the worst figure that was found for it, and whether it is met; None where nothing was measured."""
-    return [*_layers(results), *_epilogue(results), *_models(results)]
+    return [*_layers(results), *_epilogue(results), *_models(results), *_short_lists(results)]
 
 
 def _target(name: str, figures: list[float], least: float) -> Results:
@@ -57,3 +58,9 @@ def _models(results: Results) -> Iterator[Results]:
     rows = results.get("models", {}).get("rows", [])
     share = [row["bytes_share"] for row in rows if (row["model"], row["contender"]) == ("Llama 8B", "kbit 4")]
     yield _target("Llama 8B at 4 bits, batch 1: share of the bytes' limit", share, 0.8)
+
+
+def _short_lists(results: Results) -> Iterator[Results]:
+    rows = results.get("configurations", {}).get("rows", [])
+    behind = [-row["behind"] for row in rows if row["complete"]]
+    yield _target("short list of 8: how far its best is behind the best of all, negative", behind, -NOISE)

@@ -72,6 +72,7 @@ def _choose(context: Context, use: Use) -> Choice:
             device_index=use.weight.value.device.index or 0,
             symmetric=layer.symmetric,
             cascade=layer.cascade and use.batch is None,
+            matrices=1 if use.batch is None else use.batch,
         ),
         kernels(),
     )

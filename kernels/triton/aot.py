@@ -53,6 +53,8 @@ class CompiledKernel:
 
     target: str
     asm: Mapping[str, str | bytes] = field(repr=False)
+    shared: int = 0
+    """Bytes of shared memory of a program."""
 
     @property
     def assembly(self) -> str:
@@ -157,7 +159,8 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
             attributes[(param.num,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in arguments.items() if name not in signature}
     source = ASTSource(kernel, signature, constants, attributes)
-    return CompiledKernel(target, triton.compile(source, target=TARGETS[target], options=options).asm)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return CompiledKernel(target, compiled.asm, compiled.metadata.shared)
 
 
 # The two below follow what Triton's launcher specializes a kernel on (triton.runtime.jit).

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
-from kbit_inductor.kernels.words import WordLayout
+from kbit_inductor.kernels.words import WORD_BITS, WordLayout
 
 DECODE_ROWS = 16
 """Rows of x up to which a program reads every word once and takes the sums of x from the tensor cores."""
@@ -16,6 +17,8 @@ FLOAT_ROWS = 2048
 H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, which unpacking keeps it from."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
+LEAST_STAGES = 2
+BARRIERS = 16  # bytes of shared memory, by which NVIDIA's pipelines wait
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,46 @@ class Device:
         multiprocessors: how many it has.
         wgmma: whether a group of four warps multiplies together (Hopper), so that registers hold larger tiles.
         least_rows: rows of x that an instruction of its tensor cores takes at least.
+        shared_memory: bytes that a program may have.
+        copies_words: whether words of a loop that is not unrolled go through shared memory (NVIDIA), or to registers (AMD).
     """
 
     multiprocessors: int = 1
     wgmma: bool = False
     least_rows: int = 8
+    shared_memory: int = 1 << 30
+    copies_words: bool = True
 
 
 def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
     """The config for ``m`` rows of x of ``dtype``, int8 if they are rounded, and ``n`` of the weight.
 
-    By the kernel's instructions and resources, not by measurement.
+    By the kernel's instructions and resources, not by measurement. Of so many stages as the shared memory holds.
     """
+    config = _wanted(m, n, layout, dtype, device)
+    while config.num_stages > LEAST_STAGES and shared_bytes(config, layout, dtype, device) > device.shared_memory:
+        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device: Device) -> int:
+    """Shared memory of a program, or a little more: what Triton's pipeline keeps of x and of the words, as it compiles.
+
+    Steps that are asked for, one fewer than stages; where words are at an address that is computed, x is asked for one step
+    earlier. Of ``wgmma`` the unpacked weight goes through shared memory too.
+    """
+    unrolled = config.steps == layout.block_pieces
+    tile = config.block_n * layout.piece * WORD_BITS // 8
+    x = config.steps * config.block_m * layout.piece * dtype.itemsize
+    tiles = layout.block_tiles if unrolled else config.steps * layout.bits.bit_count()
+    words = tile * tiles if unrolled or device.copies_words else 0
+    together = device.wgmma and config.num_warps >= 4 and config.block_n >= 64
+    operand = tile * (1 + unrolled) if together else 0
+    return (config.num_stages - 1) * (x + words) + (0 if unrolled else x) + operand + (BARRIERS if device.copies_words else 0)
+
+
+def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
+    """That of :func:`default_config` where there is shared memory enough."""
     if dtype == torch.float32:  # three products for each: unrolled, they would not fit in the registers
         return Config(16, 32, 2, num_warps=2) if m <= DECODE_ROWS else Config(32, 64, 2, sums=True)
     if m <= DECODE_ROWS:

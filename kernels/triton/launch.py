@@ -14,6 +14,7 @@ from kbit_inductor.kernels.words import WordLayout, pad_groups
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOT_ROUNDED = 16  # activation_bits of activations as they are
+LEAST_SHARED_MEMORY = 99 << 10  # that a program may have on NVIDIA's GPUs of compute capability 8.0 up, where torch does not tell
 
 
 def check_activations(x: Tensor, bits: int, kernel: str) -> None:
@@ -36,7 +37,11 @@ def device_of(x: Tensor) -> Device:
         return Device()
     properties = torch.cuda.get_device_properties(x.device)
     amd = torch.version.hip is not None
-    return Device(properties.multi_processor_count, wgmma=not amd and properties.major == 9, least_rows=16 if amd else 8)
+    shared = (
+        properties.shared_memory_per_block if amd else getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
+    )
+    wgmma, least_rows = not amd and properties.major == 9, 16 if amd else 8
+    return Device(properties.multi_processor_count, wgmma, least_rows, shared, copies_words=not amd)
 
 
 def takes_ptx(x: Tensor) -> bool:

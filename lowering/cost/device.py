@@ -36,10 +36,11 @@ class DeviceRecord:
         target: the compile target whose instructions were counted, ``"sm_90"`` for one; ``"cpu"`` for a CPU.
         peak_bandwidth: published, bytes/s.
         peak_matrix_rate: published, operations/s of 16-bit products with float32 sums, dense.
+        peak_integer_rate: the same, of int8 products. 0: unknown, and taken for twice as many.
         clock: Hz under load.
         multiprocessors: streaming multiprocessors or compute units; cores of a CPU.
         lanes: threads of a multiprocessor for which an instruction is issued in a clock.
-        l2_bytes: of the last cache on the chip.
+        l2_bytes: of the L2 cache.
         shared_memory: bytes of a multiprocessor.
         registers: 32-bit, of a multiprocessor.
         threads: that a multiprocessor holds.
@@ -64,6 +65,7 @@ class DeviceRecord:
     threads: int
     warp: int
     source: str
+    peak_integer_rate: float = 0.0
     reached_bandwidth: float = 0.0
     reached_matrix_rate: float = 0.0
     reached_instruction_rate: float = 0.0
@@ -81,6 +83,11 @@ class DeviceRecord:
         return self.reached_matrix_rate or REACHED_MATRIX_RATE * self.peak_matrix_rate
 
     @property
+    def integer_speedup(self) -> float:
+        """Times as many int8 products as 16-bit ones in a second."""
+        return self.peak_integer_rate / self.peak_matrix_rate or 2.0
+
+    @property
     def instruction_rate(self) -> float:
         """Instructions/s, one for each thread counted; on a CPU, multiply-adds of its kernels."""
         return self.reached_instruction_rate or self.multiprocessors * self.lanes * self.clock
@@ -91,6 +98,16 @@ class DeviceRecord:
         return self.multiprocessors * L2_BYTES_PER_CLOCK * self.clock
 
     @property
+    def is_amd(self) -> bool:
+        """Whether it is one of AMD's."""
+        return self.target.startswith("gfx")
+
+    @property
+    def kept_shared(self) -> int:
+        """Bytes of shared memory that each program takes beside its own (CUDA C++ Programming Guide, compute capability 8.0 up)."""
+        return 0 if self.is_amd else 1024
+
+    @property
     def has_wgmma(self) -> bool:
         """Whether four warps multiply together (Hopper)."""
         return self.target == "sm_90"
@@ -98,7 +115,7 @@ class DeviceRecord:
     @property
     def least_rows(self) -> int:
         """Rows of x that an instruction of its matrix units takes at least."""
-        return 16 if self.target.startswith("gfx") else 8
+        return 16 if self.is_amd else 8
 
     @property
     def type(self) -> str:

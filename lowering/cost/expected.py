@@ -26,6 +26,10 @@ def expected(kernel: Kernel, problem: Problem, device: DeviceRecord, m: int) -> 
 
 
 def range_table(kernels: Iterable[Kernel], problem: Problem, device: DeviceRecord) -> RangeTable:
-    """The fastest of those of ``kernels`` that can compute ``problem``, by M."""
-    able = {kernel.name: works(kernel, problem, device) for kernel in kernels if kernel.supports(problem) is None}
+    """The fastest of those of ``kernels`` that can compute ``problem``, by M, and the way where one has several."""
+    able: dict[str, list[Work]] = {}
+    for kernel in kernels:
+        if kernel.supports(problem) is None:
+            for work in works(kernel, problem, device):
+                able.setdefault(f"{kernel.name} ({work.way})" if work.way else kernel.name, []).append(work)
     return crossovers(able, device)

@@ -54,6 +54,7 @@ class Work:
         warps: of a program.
         in_flight: bytes that a program has asked memory for and not received. 0: enough.
         unhidden: share of the time of what is not the bound that is not hidden behind it, see :data:`UNHIDDEN`.
+        way: how it is done, where a kernel has several ways and chooses by M.
         values: numbers for symbols, by name.
         then: the work of a kernel that begins when this one has ended.
     """
@@ -68,6 +69,7 @@ class Work:
     warps: Expression = 8
     in_flight: Expression = 0
     unhidden: float = UNHIDDEN
+    way: str = ""
     values: tuple[tuple[str, float], ...] = ()
     then: Work | None = None
 

@@ -26,7 +26,7 @@ REPLAYS = 5
 
 def gpu_timer(problem: Problem, m: int, device: torch.device) -> Timer:
     """The timer of a product on random weights."""
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     launches = _launches(problem, m, device)
 
@@ -34,7 +34,7 @@ def gpu_timer(problem: Problem, m: int, device: torch.device) -> Timer:
         try:
             with torch.cuda.device(device):
                 return _graph_seconds([functools.partial(launch, config) for launch in launches])
-        except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
+        except (TritonError, torch.cuda.OutOfMemoryError) as error:  # what does not compile too
             raise DoesNotFit(str(error)) from error
 
     return timer
@@ -57,7 +57,7 @@ def _launches(problem: Problem, m: int, device: torch.device) -> list[Callable[[
     def launch(copy: int) -> Callable[[Config], Tensor]:
         offset = None if problem.symmetric else scale[copy]
         operands = (x, packed[copy], scale[copy], offset, one, None, problem.bits, problem.group_size, levels)
-        return lambda config: linear(*operands, config=config)
+        return lambda config: linear(*operands, activation_bits=problem.activation_bits, config=config)
 
     return [launch(copy) for copy in range(copies)]
 

@@ -1,0 +1,56 @@
+"""Registers and shared memory of every configuration that is launched by default: ``python benchmarks/gpu/occupancy.py``.
+
+Writes benchmarks/results/gpu_occupancy.json, which tests/test_gpu_occupancy.py compares with what the cost model takes for them and
+with what the devices have. It needs a few minutes and no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/, where the package gpu is, in place of this folder
+
+from gpu.instructions import DEVICES, GROUP_SIZE, SIZE, compile_product
+from kbit_inductor.kernels.triton.config import default_config
+from kbit_inductor.kernels.words import WordLayout
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu_occupancy.json"
+ROWS = (1, 16, 32, 64, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
+
+
+def records() -> Iterator[dict[str, object]]:
+    """One for each target, dtype of x, bits and different configuration."""
+    for target, device in DEVICES.items():
+        for dtype in DTYPES:
+            for bits in range(1, 9):
+                layout = WordLayout.of(bits, SIZE, GROUP_SIZE)
+                configs = {default_config(m, SIZE, layout, dtype, device): m for m in reversed(ROWS)}
+                for config, m in reversed(configs.items()):
+                    rounded = dtype == torch.int8
+                    kernel, _ = compile_product(target, bits, m, torch.float16 if rounded else dtype, rounded=rounded)
+                    found = {"registers": kernel.registers, "shared": kernel.shared, "spill_bytes": kernel.spill_bytes}
+                    x = str(dtype).removeprefix("torch.")
+                    yield {"target": target, "x": x, "bits": bits, "rows": m, **found, "config": dataclasses.asdict(config)}
+
+
+def main() -> None:
+    found = []
+    for record in records():
+        found.append(record)
+        print(record, flush=True)
+    setting = {"triton": triton.__version__, "n": SIZE, "k": SIZE, "group_size": GROUP_SIZE}
+    lines = ",\n".join("    " + json.dumps(record) for record in found)
+    RESULTS.write_text(f'{{\n  "setting": {json.dumps(setting)},\n  "records": [\n{lines}\n  ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Registers and shared memory of what is launched by default, against what the cost model takes and what devices have."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from gpu.instructions import DEVICES, GROUP_SIZE, SIZE, compile_product
+from gpu.occupancy import DTYPES, RESULTS, ROWS
+
+from kbit_inductor.kernels.triton.config import Config, default_config, shared_bytes
+from kbit_inductor.kernels.words import WordLayout
+from kbit_inductor.lowering.cost import triton_linear
+from kbit_inductor.lowering.cost.device import DeviceRecord, shipped
+from kbit_inductor.lowering.problem import Problem
+
+TABLE = json.loads(RESULTS.read_text())
+RECORDS: list[dict[str, Any]] = TABLE["records"]
+compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
+
+
+def x_of(record: dict[str, Any]) -> torch.dtype:
+    return getattr(torch, record["x"])
+
+
+def test_every_default_configuration_was_compiled() -> None:
+    found = {(each["target"], each["x"], each["bits"], Config(**each["config"])) for each in RECORDS}
+    assert found == {
+        (target, str(dtype).removeprefix("torch."), bits, default_config(m, SIZE, layout, dtype, device))
+        for target, device in DEVICES.items()
+        for dtype in DTYPES
+        for bits in range(1, 9)
+        for layout in [WordLayout.of(bits, SIZE, GROUP_SIZE)]
+        for m in ROWS
+    }
+
+
+def test_none_needs_more_shared_memory_than_there_is() -> None:
+    for each in RECORDS:
+        device, layout = DEVICES[each["target"]], WordLayout.of(each["bits"], SIZE, GROUP_SIZE)
+        assert each["shared"] <= device.shared_memory, each
+        told = shared_bytes(Config(**each["config"]), layout, x_of(each), device)
+        # Of sm_100, one of float32 goes through the matrix units' own memory.
+        assert each["shared"] <= told or (each["target"], each["x"]) == ("sm_100", "float32"), each
+
+
+def test_what_spills() -> None:
+    """Of 9 to 16 rows at odd k, some of what the loop keeps: a few registers. Elsewhere not more than four."""
+    for each in RECORDS:
+        assert each["spill_bytes"] <= (112 if each["rows"] == 16 and each["bits"] % 2 else 16), each
+
+
+def resident(device: DeviceRecord, record: dict[str, Any]) -> int:
+    """Programs that a multiprocessor holds of a compiled kernel (CUDA C++ Programming Guide, "Hardware Multithreading")."""
+    threads = record["config"]["num_warps"] * device.warp
+    registers = -(-record["registers"] // 8) * 8
+    return min(
+        device.registers // (registers * threads), device.shared_memory // (record["shared"] + device.kept_shared),
+        device.threads // threads, 32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", shipped(), ids=lambda device: device.name)
+def test_a_multiprocessor_holds_as_many_programs_as_the_cost_model_takes(device: DeviceRecord) -> None:
+    mine = [each for each in RECORDS if each["target"] == device.target]
+    assert len(mine) > 50
+    for each in mine:
+        rounded = each["x"] == "int8"
+        dtype, sizes = torch.float16 if rounded else x_of(each), (SIZE, SIZE, each["bits"], GROUP_SIZE)
+        asked = Problem("linear", "cuda", dtype, *sizes, activation_bits=8 if rounded else 16)
+        work = triton_linear.linear(asked, Config(**each["config"]), device)
+        assert 1 <= int((work.then or work).quantities(each["rows"]).resident) <= resident(device, each), each
+
+
+@compiled
+@pytest.mark.parametrize(("target", "bits", "rows"), [("sm_86", 4, 64), ("gfx942", 3, 64)])
+def test_the_table_is_what_is_compiled(target: str, bits: int, rows: int) -> None:
+    kernel, _ = compile_product(target, bits, rows)
+    key = {"target": target, "x": "float16", "bits": bits, "rows": rows}
+    (record,) = (each for each in RECORDS if each.items() >= key.items())
+    assert kernel.shared == record["shared"]
+    if triton.__version__ == TABLE["setting"]["triton"]:
+        assert (kernel.registers, kernel.spill_bytes) == (record["registers"], record["spill_bytes"])
