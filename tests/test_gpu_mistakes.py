@@ -183,7 +183,7 @@ def test_a_product_that_does_not_fit_is_cut_smaller_and_the_log_says_so_once(cap
     for _ in range(2):
         assert launch_fitting(launch, Config(64, 128, 2), device).tolist() == [32, 32]
     (record,) = caplog.records
-    assert "shared memory" in record.message and "smaller" in record.message
+    assert "shared memory" in record.message and "block_m=32, block_n=32" in record.message
     room = 0
     with pytest.raises(OutOfSharedMemoryError, match="skip the layer"):
         launch_fitting(launch, Config(64, 128, 2), device)
