@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ def calibrate(
     config: Config | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """The statistics of what the layers of ``model`` are given when it runs on ``data``, once, for the option ``calibration``.
 
@@ -43,8 +46,11 @@ def calibrate(
             tokens. A list or tuple of batches is an iterable of them.
         config: says which layers, and by their quantizers what is kept.
         tokenizer: of texts, as Hugging Face's are called.
+        resume: a folder, made if need be, in which codes that are learned are kept block by block. The same call, after it was
+            interrupted, takes them from there and goes on. None to keep nothing.
 
     Raises:
+        CorruptModelError: a file in ``resume`` that is damaged.
         EmptyCalibrationError: ``data`` has no batch, or no layer was given a row.
         NonFiniteActivationError: a layer was given NaN or an infinity.
         InvalidOptionError: a text without a tokenizer.
@@ -71,7 +77,7 @@ def calibrate(
     weights: dict[str, Tensor] = {name: meter.module.weight for name, meter in reached.items()}  # type: ignore[misc]
     found = {name: meter.statistics() for name, meter in reached.items()}
     if learns(model, resolved):
-        found = learn(model, lambda: run(model, data), resolved, found)
+        found = learn(model, lambda: run(model, data), resolved, found, None if resume is None else Path(resume))
     return Calibration(weights, {name: s.evened() if id(weights[name]) in tables else s for name, s in found.items()})
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from kbit_inductor.packing import PackedWeight, check_finite, pack
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Learned, LearnedRounding, Statistics
 from kbit_inductor.quantizers.gptq import one_thread
+from kbit_inductor.resume import Resume, ToLearn
 from kbit_inductor.substitution import substituted
 
 log = logger("pack")
@@ -39,7 +43,13 @@ class Call:
     output: Tensor
 
 
-def learn(model: nn.Module, run: Callable[[], None], config: Config, statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
+def learn(
+    model: nn.Module,
+    run: Callable[[], None],
+    config: Config,
+    statistics: Mapping[str, Statistics],
+    folder: Path | None = None,
+) -> dict[str, Statistics]:
     """``statistics`` by layer name, with codes for those layers whose quantizer asks for outputs and that are in a block.
 
     What is learned is learned by one thread, so that the codes are as reproducible as what the model's own passes return.
@@ -49,28 +59,21 @@ def learn(model: nn.Module, run: Callable[[], None], config: Config, statistics:
         run: calls it on all the data.
         config: the options of the layers.
         statistics: of what the layers are given.
+        folder: where the codes of each block are kept, and found again by a run that is the same.
     """
     found, done = dict(statistics), dict[Tensor, PackedWeight]()
     waiting = [(block, layers) for block in blocks(model) if (layers := _layers(model, block, config, statistics))]
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        _without_cache(model),
-        Progress(len(waiting), "learning roundings") as progress,
-    ):
+    kept, progress = Resume(folder, f"{STEPS} {ROWS}"), Progress(len(waiting), "learning roundings")
+    with torch.inference_mode(False), torch.no_grad(), _without_cache(model), progress:
         for block, layers in waiting:
-            targets = [call.output for call in _calls(block, run)]
-            with substituted(model, done):
-                calls = [dataclasses.replace(c, output=t) for c, t in zip(_calls(block, run), targets, strict=True)]
-            if not calls:
-                log.warning("codes of %s are not learned: the block around it is never called", next(iter(layers)))
-                continue
-            for name, learned in _learn(block, layers, calls, config, statistics).items():
-                found[name] = dataclasses.replace(statistics[name], learned=learned)
-                layer = config.for_layer(name)
-                weight = layers[name].weight
-                if layer is not None:
-                    done[weight] = pack(weight.detach(), layer, name, statistics=found[name])
+            learned = kept.next(layers)
+            if learned is None:
+                learned = _learn(block, layers, _targets(model, block, run, done))
+                kept.keep(learned)
+            for name, codes in learned.items():
+                layer, weight = layers[name].config, layers[name].weight
+                found[name] = dataclasses.replace(statistics[name], learned=codes)
+                done[weight] = pack(weight.detach(), layer, name, statistics=found[name])
             progress.advance(next(iter(layers)))
     return found
 
@@ -99,15 +102,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def _layers(model: nn.Module, block: nn.Module, config: Config, statistics: Mapping[str, Statistics]) -> dict[str, nn.Linear]:
-    """The layers of ``block``, by their names in ``model``, whose codes are to be learned."""
-    own = set(block.modules())
+def _layers(model: nn.Module, block: nn.Module, config: Config, statistics: Mapping[str, Statistics]) -> dict[str, ToLearn]:
+    """The layers of ``block``, by their names in ``model``, whose codes are to be learned; not those that share their weight."""
+    inside = {module: name for name, module in block.named_modules()}
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     found = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or module not in own or module.weight.numel() < max(config.min_elements, 1):
+        if type(module) is not nn.Linear or module not in inside or name not in statistics:
             continue
-        if name in statistics and _is_learned(config.for_layer(name)):
-            found[name] = module
+        layer, weight = config.for_layer(name), module.weight
+        if layer is not None and _is_learned(layer) and weight.numel() >= max(config.min_elements, 1) and holders[id(weight)] == 1:
+            check_finite(weight, name)
+            key = f"{inside[module]}.weight".removeprefix(".")
+            found[name] = ToLearn(weight, layer, statistics[name], key)
     return found
 
 
@@ -123,6 +130,13 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.use_cache = True
+
+
+def _targets(model: nn.Module, block: nn.Module, run: Callable[[], None], done: Mapping[Tensor, PackedWeight]) -> list[Call]:
+    """What ``block`` is given by those before it with the codes ``done``, and what it should return."""
+    targets = [call.output for call in _calls(block, run)]
+    with substituted(model, done):
+        return [dataclasses.replace(call, output=t) for call, t in zip(_calls(block, run), targets, strict=True)]
 
 
 def _calls(block: nn.Module, run: Callable[[], None]) -> list[Call]:
@@ -145,26 +159,14 @@ def _first(output: Any) -> Tensor:
     return output
 
 
-def _learn(
-    block: nn.Module, layers: Mapping[str, nn.Linear], calls: Sequence[Call], config: Config, statistics: Mapping[str, Statistics]
-) -> dict[str, Learned]:
+def _learn(block: nn.Module, layers: Mapping[str, ToLearn], calls: Sequence[Call]) -> dict[str, Learned]:
     """Signed gradient descent with a falling rate. What is no better than the codes of the start is not kept."""
-    roundings: dict[str, LearnedRounding] = {}
-    for name, layer in layers.items():
-        check_finite(layer.weight, name)
-        chosen = config.for_layer(name)
-        if chosen is not None:
-            roundings[name] = LearnedRounding(layer.weight.detach(), chosen.format(layer.in_features), statistics[name])
-    own = {module: f"{name}.weight".removeprefix(".") for name, module in block.named_modules()}
-    keys = {name: own[layer] for name, layer in layers.items()}
-
-    def loss(chosen: Sequence[Call]) -> Tensor:
-        weights = {keys[name]: rounding.dequantized() for name, rounding in roundings.items()}
-        outputs = (_first(functional_call(block, weights, call.arguments, dict(call.keywords))) for call in chosen)
-        return torch.stack([(out - call.output).float().square().sum() for out, call in zip(outputs, chosen, strict=True)]).sum()
-
-    generator = torch.Generator().manual_seed(0)
+    if not calls:
+        log.warning("codes of %s are not learned: the block around it is never called", next(iter(layers)))
+        return {}
     with one_thread():
+        roundings = {name: LearnedRounding(each.weight.detach(), each.format, each.statistics) for name, each in layers.items()}
+        generator, loss = torch.Generator().manual_seed(0), functools.partial(_loss, block, layers, roundings)
         begun, before = {name: each.snapshot() for name, each in roundings.items()}, float(loss(calls))
         for step in range(STEPS):
             with torch.enable_grad():
@@ -174,8 +176,16 @@ def _learn(
                 each.step([next(gradients) for _ in each.variables], (1 - step / STEPS) / STEPS)
         after = float(loss(calls))
     log.info("learned %s: squared error of the block %.3g, before %.3g", next(iter(layers)), after, before)
-    kept = {name: each.variables if after < before else begun[name] for name, each in roundings.items()}
-    return {name: each.learned(kept[name]) for name, each in roundings.items()}
+    return {name: each.learned(each.variables if after < before else begun[name]) for name, each in roundings.items()}
+
+
+def _loss(
+    block: nn.Module, layers: Mapping[str, ToLearn], roundings: Mapping[str, LearnedRounding], calls: Sequence[Call]
+) -> Tensor:
+    """The squared error of what ``block`` returns."""
+    weights = {layers[name].key: rounding.dequantized() for name, rounding in roundings.items()}
+    outputs = (_first(functional_call(block, weights, call.arguments, dict(call.keywords))) for call in calls)
+    return torch.stack([(out - call.output).float().square().sum() for out, call in zip(outputs, calls, strict=True)]).sum()
 
 
 def _some(calls: Sequence[Call], generator: torch.Generator) -> list[Call]:

@@ -136,6 +136,21 @@ def test_what_was_learned_for_something_else_is_not_used(change, caplog):
     assert torch.equal(found.codes, gptq(weight, form, statistics).codes)
 
 
+def test_a_block_learns_on_what_those_before_it_have_left(model, monkeypatch, one_thread_without_grad):
+    learn, seen = reconstruct._learn, []
+    monkeypatch.setattr(reconstruct, "_learn", lambda *arguments: seen.append(arguments[2][0]) or learn(*arguments))
+    exact = model.blocks[0](DATA, scale=0.5)[0]
+    target = model.blocks[1](exact, scale=0.5)[0]
+    calibration = kbit.calibrate(model, DATA, OPTIONS)
+    assert torch.equal(seen[1].output, target) and seen[1].keywords == {"scale": 0.5}
+    for name in ("up", "down"):
+        layer = getattr(model.blocks[0], name)
+        packed = pack(layer.weight, kbit.LayerConfig(**OPTIONS), statistics=calibration.layers[f"blocks.0.{name}"])
+        layer.weight.data = packed.dequantize()
+    assert torch.equal(seen[1].arguments[0], model.blocks[0](DATA, scale=0.5)[0])
+    assert not torch.equal(seen[1].arguments[0], exact)
+
+
 def test_an_iterator_of_data_is_run_more_than_once(model):
     found = kbit.calibrate(model, iter(DATA.split(4)), OPTIONS)
     assert found.layers["blocks.1.down"].learned is not None
@@ -165,3 +180,44 @@ def test_a_quantized_model_has_the_learned_codes(model):
     wanted = pack(model.blocks[0].up.weight, kbit.LayerConfig(**OPTIONS), statistics=calibration.layers["blocks.0.up"])
     kbit.quantize_(model, OPTIONS, calibration)
     assert torch.equal(model.blocks[0].up.weight.dequantize(), wanted.dequantize())
+
+
+def test_what_was_interrupted_goes_on(model, tmp_path, monkeypatch):
+    wanted = kbit.calibrate(model, DATA.split(4), OPTIONS)
+    learn, counts = reconstruct._learn, []
+
+    def interrupted(*arguments):
+        if counts:
+            raise KeyboardInterrupt
+        counts.append(1)
+        return learn(*arguments)
+
+    monkeypatch.setattr(reconstruct, "_learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kbit.calibrate(model, DATA.split(4), OPTIONS, resume=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    rest = []
+    monkeypatch.setattr(reconstruct, "_learn", lambda *arguments: rest.append(1) or learn(*arguments))
+    found = kbit.calibrate(model, DATA.split(4), OPTIONS, resume=tmp_path)
+    assert len(rest) == 1
+    for name, statistics in wanted.layers.items():
+        if statistics.learned is not None:
+            assert torch.equal(found.layers[name].learned.planes, statistics.learned.planes)
+            assert torch.equal(found.layers[name].learned.quantized.scale, statistics.learned.quantized.scale)
+    rest.clear()
+    kbit.calibrate(model, DATA.split(4), {**OPTIONS, "bits": 3}, resume=tmp_path)
+    assert len(rest) == 2  # other bits, other codes
+
+
+def test_a_damaged_file_of_an_interrupted_run_is_named(model, tmp_path):
+    kbit.calibrate(model, DATA[:1], OPTIONS, resume=tmp_path)
+    first = min(tmp_path.iterdir())
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(kbit.CorruptModelError, match=first.name):
+        kbit.calibrate(model, DATA[:1], OPTIONS, resume=tmp_path)
+
+
+def test_layers_that_share_a_weight_are_not_learned(model):
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    found = kbit.calibrate(model, DATA[:1], OPTIONS).layers
+    assert {name for name, each in found.items() if each.learned} == {"blocks.0.down", "blocks.1.down"}
