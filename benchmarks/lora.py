@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     floats = load(options)
     state = {name: tensor.clone() for name, tensor in floats.state_dict().items()}
     calibration = kbit.calibrate(floats, trained_on[:BATCH])
-    packed = kbit.quantize_(floats, {"bits": options.bits, "group_size": options.group_size}, calibration)
+    packed = kbit.quantize_(floats, {"bits": options.bits, "end_bits": 1, "group_size": options.group_size}, calibration)
     losses = {"float": loss(load(options), predicted), "packed": loss(packed, predicted)}
     runs: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "float, from zero": (load(options), ()),

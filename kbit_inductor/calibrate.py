@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from kbit_inductor.errors import EmptyCalibrationError, InvalidOptionError, NonF
 from kbit_inductor.logs import logger
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
+from kbit_inductor.reconstruct import learn, learns
 
 log = logger("pack")
 MAX_LENGTH = 512  # tokens of a text
@@ -27,12 +30,14 @@ def calibrate(
     config: Config | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """The statistics of what the layers of ``model`` are given when it runs on ``data``, once, for the option ``calibration``.
 
     A thousand rows (tokens of a language model) give most of what there is to gain. A layer is a module with a matrix ``weight``
     that is called with a floating tensor, as ``nn.Linear`` is. A Hessian is kept, ``4 * K ** 2`` bytes, where the quantizer of the
-    layer asks for it.
+    layer asks for it. Where it asks for codes that are learned (``"autoround"``), the blocks of the model are run many times:
+    seconds for each million of weights, for bits that are known.
 
     Args:
         model: on float weights, in eager, as it will be used.
@@ -41,13 +46,18 @@ def calibrate(
             tokens. A list or tuple of batches is an iterable of them.
         config: says which layers, and by their quantizers what is kept.
         tokenizer: of texts, as Hugging Face's are called.
+        resume: a folder, made if need be, in which codes that are learned are kept block by block. The same call, after it was
+            interrupted, takes them from there and goes on. None to keep nothing.
 
     Raises:
+        CorruptModelError: a file in ``resume`` that is damaged.
         EmptyCalibrationError: ``data`` has no batch, or no layer was given a row.
         NonFiniteActivationError: a layer was given NaN or an infinity.
         InvalidOptionError: a text without a tokenizer.
     """
     resolved = Config.from_options(config)
+    if learns(model, resolved):  # which takes more than one pass
+        data = [dict(keywords) or arguments for arguments, keywords in batches(data, tokenizer, model)]
     meters = {name: meter for name, module in model.named_modules() if (meter := _meter(name, module, resolved)) is not None}
     hooks = [meter.module.register_forward_pre_hook(meter) for meter in meters.values()]
     try:
@@ -66,6 +76,8 @@ def calibrate(
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights: dict[str, Tensor] = {name: meter.module.weight for name, meter in reached.items()}  # type: ignore[misc]
     found = {name: meter.statistics() for name, meter in reached.items()}
+    if learns(model, resolved):
+        found = learn(model, lambda: run(model, data), resolved, found, None if resume is None else Path(resume))
     return Calibration(weights, {name: s.evened() if id(weights[name]) in tables else s for name, s in found.items()})
 
 
@@ -108,7 +120,7 @@ def _meter(name: str, module: nn.Module, config: Config) -> _Meter | None:
     layer = config.for_layer(name)
     if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding) or layer is None:
         return None
-    return _Meter(name, module, QUANTIZERS[layer.quantizer].needs == "hessian")
+    return _Meter(name, module, QUANTIZERS[layer.quantizer].needs in ("hessian", "outputs"))
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from kbit_inductor._compat import FakeTensor, FakeTensorMode, is_transformed, member_path, source_name, storage_id
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.derivation import Derivation
+from kbit_inductor.ends import ends_of_graph
 from kbit_inductor.lowering.registry import Choice
 from kbit_inductor.packing import WEIGHT_DTYPES
 from kbit_inductor.store import Slot
@@ -245,20 +246,26 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
 
 def find_weights(graph: fx.Graph, inputs: Sequence[Any], config: Config) -> list[GraphWeight]:
     """The weights among the inputs of Dynamo's graph: parameters, and buffers of modules, of two or more dimensions."""
+    named = list(_named_weights(graph, inputs))
+    ends = ends_of_graph([(node, node.meta[VALUE]) for _, node, _ in named])
     found = []
+    for argument, node, name in named:
+        layer = config.for_layer(name, node in ends)
+        reason = ineligible(node.meta[VALUE], config) or ("" if layer is not None else "skipped by the option 'skip'")
+        found.append(GraphWeight(node, argument, name, None if reason else layer, reason))
+    return found
+
+
+def _named_weights(graph: fx.Graph, inputs: Sequence[Any]) -> Iterator[tuple[int, fx.Node, str]]:
+    """Position, placeholder and name of each."""
     for argument, (node, real) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
         value = node.meta.get(VALUE)
         if not isinstance(value, Tensor) or value.dim() < 2 or not (value.is_floating_point() or value.is_complex()):
             continue
         source = source_name(node) or node.name
         path = member_path(source)
-        if not path and not isinstance(real, nn.Parameter):
-            continue
-        name = ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source
-        layer = config.for_layer(name)
-        reason = ineligible(value, config) or ("" if layer is not None else "skipped by the option 'skip'")
-        found.append(GraphWeight(node, argument, name, None if reason else layer, reason))
-    return found
+        if path or isinstance(real, nn.Parameter):
+            yield argument, node, ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source
 
 
 def begin(graph: fx.Graph, weights: list[GraphWeight], config: Config) -> Context:

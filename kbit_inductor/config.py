@@ -103,6 +103,8 @@ class Config(LayerConfig):
 
     Args:
         bits: as for a layer, or ``"auto"``: chosen for each layer under one of the three budgets.
+        end_bits: the least bits, 1 to 8, of the ends of a model, which are tables and the head, where neither a plan nor
+            ``overrides`` have set theirs. A head is a last product with as many rows as a table.
         average_bits: mean bits of a weight, scales not counted.
         memory_budget: bytes of all the model's weights, packed or not, as a number or a text such as ``"90 MB"``.
         latency_budget: seconds that all products on packed weights may take for one row, such as a token, as the cost model expects
@@ -122,6 +124,7 @@ class Config(LayerConfig):
     """
 
     bits: int | Literal["auto"] = 4  # type: ignore[assignment]  # a layer's bits are a number in the end
+    end_bits: int = 6
     average_bits: float | None = None
     memory_budget: int | str | None = None
     latency_budget: float | str | None = None
@@ -135,6 +138,7 @@ class Config(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _integer("end_bits", self.end_bits, lambda v: 1 <= v <= MAX_BITS, f"an integer from 1 to {MAX_BITS}")
         _integer("min_elements", self.min_elements, lambda v: v >= 0, "an integer, zero or more")
         for name in ("release_weights", "debug"):
             if not isinstance(getattr(self, name), bool):
@@ -209,13 +213,15 @@ class Config(LayerConfig):
             given["mode"] = mode
         return cls(**given)
 
-    def for_layer(self, name: str) -> LayerConfig | None:
-        """The options of layer ``name``, or None when it is to be skipped."""
+    def for_layer(self, name: str, is_end: bool = False) -> LayerConfig | None:
+        """The options of layer ``name``, a table or the head where it ``is_end``, or None when it is to be skipped."""
         if any(matches(pattern, name) for pattern in self.skip):
             return None
         chosen = {key: getattr(self, key) for key in LAYER_OPTIONS}
         if self.bits == "auto":
             chosen["bits"] = PLACEHOLDER_BITS
+        elif is_end:
+            chosen["bits"] = max(self.bits, self.end_bits)
         for pattern, options in self.overrides.items():
             if matches(pattern, name):
                 chosen |= options

@@ -88,7 +88,7 @@ class Slot:
     def lacks(self, weight: Tensor) -> str | None:
         """What the quantizer is made for and has to do without, or None when it has all that it needs."""
         name = self.form.config.quantizer
-        if QUANTIZERS[name].needs != "hessian":
+        if QUANTIZERS[name].needs not in ("hessian", "outputs"):
             return None
         statistics = self._statistics(weight)
         if statistics is not None and statistics.hessian is not None:

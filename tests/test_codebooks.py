@@ -201,7 +201,8 @@ class Model(torch.nn.Module):
 @pytest.mark.parametrize("batch", [1, 17])
 def test_a_compiled_model_computes_with_the_levels(name, batch):
     model, tokens = Model().eval(), torch.randint(0, 50, (batch,))
-    options = {"codebook": name, "bits": 3, "min_elements": 0, "overrides": {"down": {"bits": 7}, "up": {"codebook": "uniform"}}}
+    overrides = {"embed": {"bits": 3}, "down": {"bits": 7}, "up": {"codebook": "uniform"}}
+    options = {"codebook": name, "bits": 3, "min_elements": 0, "overrides": overrides}
     with torch.no_grad():
         y = torch.compile(model, backend="kbit", options=options)(tokens)
         assert relative_error(y, dequantized_copy(model)(tokens)) < 1e-5

@@ -71,6 +71,14 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, one_thread_without
     assert rows[1]["kl"] > rows[2]["kl"] > rows[0]["kl"] == 0
     assert 0 < rows[3]["kl"] < 0.01 and "under 3.5 bits on average" in rows[3]["verdict"]
     assert rows[1]["bits"] == pytest.approx(2.5, abs=0.02) and rows[3]["bits"] <= 4.02
+    monkeypatch.setattr(methods, "methods", lambda: [m for m in ALL if (m.family, m.name) == ("kbit default", "2 bits")])
+    run.main(
+        ["--models", "tiny", "--text", str(tmp_path / "text"), "--calibration", str(tmp_path / "other"), "--length", "32",
+         "--windows", "4", "--calibration-windows", "2", "--only", "default", "--keep", "--output", str(tmp_path)]
+    )  # fmt: skip
+    more = json.loads((tmp_path / "quality.json").read_text())["models"]["tiny"]["rows"]
+    assert more[: len(rows)] == rows and [row["family"] for row in more[len(rows) :]] == ["kbit default"]
+    assert more[-1]["kl"] < rows[1]["kl"] and more[-1]["bits"] > rows[1]["bits"]
     assert "| tiny | kbit auto | 3.5 bits |" in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality.png").stat().st_size > 0
 

@@ -52,7 +52,7 @@ def _kbit(folder: Path, way: str, kind: str, length: int) -> Loaded:
     from kbit_inductor import Generator
 
     model, _ = smollm2.load(folder)
-    generator = Generator(model, length, options={"bits": int(kind), "release_weights": True})
+    generator = Generator(model, length, options={"bits": int(kind), "end_bits": 1, "release_weights": True})
 
     def generate(tokens: list[int], new: int) -> list[int]:
         texts = generator.generate(torch.tensor([tokens]), new, eos_token_id=())

@@ -75,7 +75,8 @@ def torch_rows(encoder: Encoder) -> dict[str, Encode]:
 
 def kbit_rows(encoder: Encoder, bits: Sequence[int] = BITS) -> dict[str, Encode]:
     """Ours, with the default options but bits."""
-    return {f"kbit-{k}": torch.compile(_copy(encoder), backend="kbit", options={"bits": k}, dynamic=False) for k in bits}
+    options = {k: {"bits": k, "end_bits": 1} for k in bits}
+    return {f"kbit-{k}": torch.compile(_copy(encoder), backend="kbit", options=options[k], dynamic=False) for k in bits}
 
 
 def _copy(encoder: Encoder) -> Encoder:

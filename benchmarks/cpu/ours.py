@@ -42,7 +42,7 @@ def _compiled(bits: int, weight: Tensor) -> partial[Copy]:
 def _compiled_copy(kind: type[nn.Linear], bits: int, weight: Tensor) -> Copy:
     layer = nn.utils.skip_init(kind, weight.size(1), weight.size(0), bias=False).requires_grad_(False)
     layer.weight.copy_(weight)
-    options: dict[str, Any] = {"bits": bits, "group_size": GROUP, "min_elements": 0, "release_weights": True}
+    options: dict[str, Any] = {"bits": bits, "end_bits": 1, "group_size": GROUP, "min_elements": 0, "release_weights": True}
     module = torch.compile(layer, backend="kbit", options=options, dynamic=False)
     module(weight.new_zeros(1, weight.size(1)))  # packs
     if not (forms := STORE.packed_forms(layer.weight)):

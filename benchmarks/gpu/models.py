@@ -52,7 +52,7 @@ def variants(rehearsal: bool) -> Iterator[tuple[str, int, torch.dtype, Prepare]]
 
 
 def _packed(bits: int) -> Prepare:
-    options = {"bits": bits, "group_size": GROUP, "quantizer": "rtn", "release_weights": True, "min_elements": 0}
+    options = {"bits": bits, "end_bits": 1, "group_size": GROUP, "quantizer": "rtn", "release_weights": True, "min_elements": 0}
     return lambda model: llama.compile_parts(model, backend="kbit", options=options)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from cpu import ggml
 from torch import Tensor
 
-from kbit_inductor import LayerConfig
+from kbit_inductor import Config, LayerConfig
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import Statistics
 
@@ -29,12 +30,16 @@ class Method:
         name: with its parameters.
         apply: ``(weight, statistics of its inputs) -> Rounded``.
         package: that must be importable.
+        at_ends: as ``apply``, of tables and heads; None where they are as other matrices.
+        options: to calibrate with, where the method learns codes of its own.
     """
 
     family: str
     name: str
     apply: Callable[[Tensor, Statistics | None], Rounded]
     package: str = "kbit_inductor"
+    at_ends: Callable[[Tensor, Statistics | None], Rounded] | None = None
+    options: Mapping[str, Any] | None = None
 
     def reason_missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -45,6 +50,20 @@ def ours(config: LayerConfig, calibrated: bool, weight: Tensor, statistics: Stat
     """Packed by this library."""
     packed = pack(weight, config, statistics=statistics if calibrated else None)
     return packed.dequantize(), packed.nbytes
+
+
+def with_floor(label: str, bits: int, calibrated: bool, **options: Any) -> Method:
+    """Ours as :func:`kbit_inductor.quantize_` has it: tables and heads at no fewer than ``end_bits``."""
+    config = Config(bits=bits, **options)
+    layer, end = config.for_layer("layer"), config.for_layer("end", is_end=True)
+    if layer is None or end is None:
+        raise LookupError("a config without skip skips nothing")
+    learns = {"bits": bits, **options} if config.quantizer == "autoround" else None
+    groups = "" if config.group_size == 64 else f", groups of {config.group_size}"
+    rounding = functools.partial(ours, layer, calibrated)
+    return Method(
+        f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=functools.partial(ours, end, calibrated), options=learns
+    )
 
 
 def hqq(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -103,6 +122,12 @@ def methods() -> list[Method]:
         ):
             config = LayerConfig(bits, 64, quantizer=quantizer, codebook=codebook)
             found.append(Method(f"kbit {label}", f"{bits} bits", functools.partial(ours, config, calibrated)))
+    for bits in range(2, 7):
+        found.append(with_floor("default", bits, False))
+    for group_size in (64, 32):
+        for bits in (2, 3, 4):
+            found.append(with_floor("gptq with floor", bits, True, quantizer="gptq", group_size=group_size))
+            found.append(with_floor("autoround with floor", bits, True, quantizer="autoround", group_size=group_size))
     for bits in (2, 3, 4, 8):
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
     for bits in range(2, 9):

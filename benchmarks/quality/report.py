@@ -26,6 +26,19 @@ def write(results: Results, folder: Path) -> list[Path]:
     return [data, table, picture(results, folder / "quality.png")]
 
 
+def merged(folder: Path, results: Results) -> Results:
+    """``results`` with the rows of the file in ``folder`` that they lack; these alone where the file is of another protocol."""
+    path = folder / "quality.json"
+    earlier: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if earlier.get("protocol") != results["protocol"]:
+        return results
+    models = dict(earlier["models"])
+    for model, measured in results["models"].items():
+        rows = {(row["family"], row["name"]): row for part in (models.get(model, measured), measured) for row in part["rows"]}
+        models[model] = {**measured, "rows": list(rows.values())}
+    return {**results, "models": models}
+
+
 def line(model: str, row: Results, exact: Results) -> str:
     """A row for the terminal."""
     if "missing" in row:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import kbit_inductor as kbit  # noqa: E402
 from kbit_inductor.calibration import Calibration  # noqa: E402
+from kbit_inductor.ends import ends_of_model  # noqa: E402
 from quality import measures, methods, report  # noqa: E402
 
 OUTPUT = HERE.parent / "results"
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {"protocol": _protocol(options), "models": {}}
     for folder in options.models:
         results["models"][folder.name] = measure(folder, options, console)
+    if options.keep:
+        results = report.merged(options.output, results)
     for path in report.write(results, options.output):
         console.print(f"wrote {path}", soft_wrap=True)
 
@@ -49,8 +52,9 @@ def measure(folder: Path, options: argparse.Namespace, console: Console) -> dict
     exact = measures.logits(model, text)
     rows = [{"family": "float32", "name": "", "bits": 32.0, **measures.score(exact, exact, text).summary()}]
     for method in methods.methods():
-        if any(wanted in method.family for wanted in options.only):
-            rows.append(_row(method, model, calibration, exact, text))
+        if any(wanted in f"{method.family} {method.name}" for wanted in options.only):
+            own = calibration if method.options is None else kbit.calibrate(model, data.split(1), method.options)
+            rows.append(_row(method, model, own, exact, text))
             console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
     if any("kbit auto".startswith(wanted) for wanted in options.only):
         for average in options.averages:
@@ -65,10 +69,11 @@ def _row(method: methods.Method, model: nn.Module, calibration: Calibration, exa
     if (missing := method.reason_missing()) is not None:
         return {**row, "missing": missing}
     weights = _matrices(model)
-    originals, nbytes = {weight: weight.data for weight in weights}, 0
+    originals, ends, nbytes = {weight: weight.data for weight in weights}, ends_of_model(model), 0
     try:
         for weight, original in originals.items():
-            weight.data, stored = method.apply(original, calibration.of(weight, weight.size(1)))
+            rounding = method.at_ends if method.at_ends is not None and weight in ends else method.apply
+            weight.data, stored = rounding(original, calibration.of(weight, weight.size(1)))
             nbytes += stored
         scores = measures.score(measures.logits(model, text), exact, text)
     finally:
@@ -122,7 +127,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=32, help="windows of the text (default: 32)")
     parser.add_argument("--calibration-windows", type=int, default=8, help="windows for calibration (default: 8)")
     parser.add_argument("--averages", type=float, nargs="*", default=[2.5, 3.0, 3.5, 4.0], help="average bits of bits='auto'")
-    parser.add_argument("--only", nargs="+", default=[""], help="families whose name holds one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose family and name hold one of these")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep rows of an earlier run of the same protocol that this one does not take"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results")
     return parser.parse_args(arguments)
 

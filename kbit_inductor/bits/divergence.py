@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.packing import PackedWeight
+from kbit_inductor.substitution import substituted
 
 Batches = Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
@@ -37,31 +36,6 @@ class Divergence:
                     part, weight = _kl(was, now) if are_logits else _squares(was, now)
                     total, count = total + part, count + weight
         return total / count if count else 0.0
-
-
-@contextlib.contextmanager
-def substituted(model: nn.Module, packed: Mapping[Tensor, PackedWeight]) -> Iterator[None]:
-    """``model`` with the weights ``packed``, each turned into floats while its module runs, so that one is there at a time."""
-    hooks = []
-    by_id = {id(weight): one for weight, one in packed.items()}
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            if (one := by_id.get(id(weight))) is not None:
-                hooks.append(module.register_forward_pre_hook(functools.partial(_put, weight, one)))
-                hooks.append(module.register_forward_hook(functools.partial(_put_back, weight, weight.data), always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _put(weight: Tensor, packed: PackedWeight, module: nn.Module, arguments: Any) -> None:
-    weight.data = packed.dequantize(weight.dtype)
-
-
-def _put_back(weight: Tensor, data: Tensor, module: nn.Module, arguments: Any, output: Any) -> None:
-    weight.data = data
 
 
 def _output(output: Any) -> tuple[Tensor, bool]:

@@ -13,6 +13,7 @@ from kbit_inductor.bits.planner import solve
 from kbit_inductor.bits.units import Unit
 from kbit_inductor.capture import GraphWeight
 from kbit_inductor.config import Config
+from kbit_inductor.ends import is_table
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.logs import logger
 from kbit_inductor.release import is_released
@@ -31,7 +32,7 @@ def with_bits(config: Config, weights: Sequence[GraphWeight], inputs: Sequence[A
     """
     units: dict[Any, Unit] = {}
     kept: dict[str, dict[str, int]] = {}
-    last = next((w for w in reversed(weights) if w.config is not None and not _is_table(w)), None)
+    last = next((w for w in reversed(weights) if w.config is not None and not is_table(w.node)), None)
     with torch.no_grad(), no_modes():
         for weight in weights:
             value = inputs[weight.argument]
@@ -43,17 +44,13 @@ def with_bits(config: Config, weights: Sequence[GraphWeight], inputs: Sequence[A
             pinned = config.pinned_bits(weight.name)
             unit = units.setdefault((_shared_input(weight) or weight.node, pinned, weight.config), Unit({}, weight.config, pinned))
             unit.weights[value] = [weight.name]
-            unit.is_end |= _is_table(weight) or weight is last
+            unit.is_end |= is_table(weight.node) or weight is last
             if all(user.target is torch.nn.functional.embedding for user in weight.node.users):
                 unit.looked_up.add(value)
         rest = sum(inputs[w.argument].nbytes for w in weights if w.config is None or inputs[w.argument].dim() != 2)
         plan = solve(list(units.values()), config, rest)
     log.info("%s", plan)
     return config.planned({**kept, **plan.overrides})
-
-
-def _is_table(weight: GraphWeight) -> bool:
-    return any(user.target is torch.nn.functional.embedding for user in weight.node.users)
 
 
 def _shared_input(weight: GraphWeight) -> fx.Node | None:

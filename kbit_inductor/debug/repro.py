@@ -21,6 +21,7 @@ from kbit_inductor._compat import hint, import_block, member_path, source_name
 from kbit_inductor.config import LAYER_OPTIONS, Config
 from kbit_inductor.debug.exact import Concrete
 from kbit_inductor.debug.trial import isolated
+from kbit_inductor.ends import ends_of_graph
 from kbit_inductor.passes.pipeline import BUILT_IN
 from kbit_inductor.passes.registry import passes
 from kbit_inductor.testing.rewriting import Rewritten
@@ -120,9 +121,11 @@ class Part:
     def config(self) -> Config:
         """The model's options for the layers of the module by their new names."""
         overrides, skip = {}, []
+        members = [node for node in self.graph.graph.find_nodes(op="placeholder") if self.weights.get(node.name)]
+        ends = ends_of_graph([(node, self.values[node.name]) for node in members])
         for node in self._read():
             layer = self.weights.get(node.name)
-            chosen = self.model_config.for_layer(layer) if layer else None
+            chosen = self.model_config.for_layer(layer, node in ends) if layer else None
             if chosen is not None:
                 overrides[self._member(node)] = {name: getattr(chosen, name) for name in LAYER_OPTIONS}
             elif layer:

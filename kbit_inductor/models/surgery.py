@@ -13,6 +13,7 @@ from kbit_inductor.bits import plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.ends import ends_of_model
 from kbit_inductor.logs import logger
 from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of
 from kbit_inductor.overrides import check_names
@@ -126,9 +127,10 @@ def _to_swap(model: nn.Module, config: Config) -> Iterator[tuple[Tensor, LayerCo
         if parameter is not None:
             places.setdefault(parameter, []).append(place)
     check_names(config, [place.name for together in places.values() for place in together], model)
-    holders = _holders(model)
+    holders, ends = _holders(model), ends_of_model(model)
     for weight, together in places.items():
-        layer = None if any(config.for_layer(place.name) is None for place in together) else config.for_layer(together[0].name)
+        skipped = any(config.for_layer(place.name) is None for place in together)
+        layer = None if skipped else config.for_layer(together[0].name, weight in ends)
         reason = "skipped by the option 'skip'" if layer is None else _stays(weight, together, holders[weight], config)
         if layer is None or reason:
             log.info("%s stays in float: %s", together[0].name, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kbit_inductor.quantizers.autoround import Learned, LearnedRounding, autoround
 from kbit_inductor.quantizers.cascade import Nested, cascade
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.codebooks import CODEBOOK_NAMES, Codebook, codebook
@@ -19,11 +20,14 @@ __all__ = [
     "QUANTIZERS",
     "Codebook",
     "Format",
+    "Learned",
+    "LearnedRounding",
     "Levels",
     "Nested",
     "Quantized",
     "Quantizer",
     "Statistics",
+    "autoround",
     "cascade",
     "clip",
     "codebook",

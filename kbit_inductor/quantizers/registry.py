@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kbit_inductor.entry_points import load
 from kbit_inductor.errors import InvalidOptionError
+from kbit_inductor.quantizers.autoround import autoround
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.gptq import gptq
@@ -28,7 +29,7 @@ Quantize = Callable[[Tensor, Format, "Statistics | None"], Quantized]
 It must be a function of its arguments alone: the same codes in every process and for every number of threads.
 """
 
-NEEDS = ("nothing", "squares", "hessian")
+NEEDS = ("nothing", "squares", "hessian", "outputs")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Quantizer:
         name: the value of the option ``quantizer``.
         quantize: what computes them.
         needs: the most that it makes use of among :class:`Statistics`: ``"nothing"``, ``"squares"`` (``mean_square``) or
-            ``"hessian"``. Calibration collects no more than that. It must also do without.
+            ``"hessian"``, or ``"outputs"``: the Hessian too, and codes that were ``learned`` for what the block around the layer
+            returns. Calibration collects no more than that. It must also do without.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Quantizer:
 
 GROUP = "kbit_inductor.quantizers"
 BUILT_IN = (
+    Quantizer("autoround", autoround, "outputs"),
     Quantizer("clip", clip, "squares"),
     Quantizer("gptq", gptq, "hessian"),
     Quantizer("hqq", hqq),
@@ -68,10 +71,10 @@ def register_quantizer(name: str, quantize: Quantize, needs: str = "nothing") ->
     Args:
         name: as the option will say it.
         quantize: ``(weight, format, statistics) -> Quantized``.
-        needs: what it makes use of: ``"nothing"``, ``"squares"`` or ``"hessian"``.
+        needs: what it makes use of, one of :data:`NEEDS`.
 
     Raises:
-        InvalidOptionError: another quantizer has the name (the same one may come again), or ``needs`` is none of the three.
+        InvalidOptionError: another quantizer has the name (the same one may come again), or ``needs`` is none of these.
     """
     if needs not in NEEDS:
         raise InvalidOptionError(f"quantizer {name!r} needs {needs!r}; give one of {', '.join(NEEDS)}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kbit_inductor.quantizers.autoround import Learned
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,11 +20,13 @@ class Statistics:
         mean_square: E[x²] of each column, float32 ``[K]``.
         hessian: E[x xᵀ], float32 ``[K, K]``, half the second derivative of the squared output error; None where not asked for.
         rows: how many rows were seen.
+        learned: codes that were learned for the layer's weight; None where not asked for.
     """
 
     mean_square: Tensor
     hessian: Tensor | None = None
     rows: int = 0
+    learned: Learned | None = None
 
     def evened(self) -> Statistics:
         """Half these, half those of a look-up, for which all columns count alike: of a weight that is used both ways."""
