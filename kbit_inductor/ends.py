@@ -6,7 +6,7 @@ A head is the last product, where it has as many rows as a table: one for each t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -29,15 +29,15 @@ def ends_of_graph(weights: Sequence[tuple[fx.Node, Tensor]]) -> set[fx.Node]:
 def ends_of_model(model: nn.Module) -> set[Tensor]:
     """The weights of ``model`` that are ends."""
     floats = [(module, weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None]
-    tables = {weight: weight for module, weight in floats if isinstance(module, nn.Embedding)}
+    tables: dict[Tensor, Tensor] = {weight: weight for module, weight in floats if isinstance(module, nn.Embedding)}
     products = [weight for module, weight in floats if isinstance(module, nn.Linear) and weight not in tables]
     return _with_head(tables, [(weight, weight) for weight in products])
 
 
-def _with_head(tables: dict[Key, Tensor], others: Sequence[tuple[Key, Tensor]]) -> set[Key]:
+def _with_head(tables: Mapping[Key, Tensor], others: Sequence[tuple[Key, Tensor]]) -> set[Key]:
     matrices = [(key, value) for key, value in others if value.dim() == 2]
     if matrices:
         key, value = matrices[-1]
         if any(value.size(0) == table.size(0) for table in tables.values()):
-            return {*tables, key}
+            return set(tables) | {key}
     return set(tables)

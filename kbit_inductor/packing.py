@@ -116,8 +116,8 @@ class PackedWeight:
         if self.layout in TILED_LAYOUTS:
             *_, global_scale, levels = torch.ops.kbit.untile_cpu(self.operands[0], 0, 0)
             return global_scale, levels if levels.numel() else None
-        *_, global_scale, codebook = plane_operands(self.operands, self.config)
-        return global_scale, codebook
+        found = plane_operands(self.operands, self.config)
+        return found[3], found[4]
 
     def _rows(self, part: slice) -> row_parts.Rows:
         """Codes and grids of some rows."""
@@ -127,11 +127,11 @@ class PackedWeight:
         packed, scale, offset, *_ = plane_operands(self.operands, self.config)
         if self.layout == "words":
             codes = unpack_words(packed[part], self.config.bits, self.columns, self.config.group_columns(self.columns))
-            grids = (None if grid is None else grid[:, part].t().contiguous() for grid in (scale, offset))
+            grids = [grid[:, part].t().contiguous() for grid in (scale, offset) if grid is not None]
         else:
             codes = unpack_codes(packed[:, part], self.columns)
-            grids = (None if grid is None else grid[..., part, :] for grid in (scale, offset))
-        return row_parts.Rows(codes, *grids)
+            grids = [grid[..., part, :] for grid in (scale, offset) if grid is not None]
+        return row_parts.Rows(codes, grids[0], grids[1] if len(grids) > 1 else None)
 
 
 @torch.no_grad()
@@ -175,7 +175,8 @@ def _laid_out(rows: row_parts.Rows, global_scale: Tensor, codebook: Tensor | Non
     """Operands in ``layout`` of a matrix that has just ``rows``."""
     codes, scale, offset = rows
     if layout in TILED_LAYOUTS:
-        return (_tiled([(slice(0, len(codes)), rows)], *codes.shape, global_scale, codebook, config, layout),)
+        whole = [(slice(0, len(codes)), rows)]
+        return (_tiled(whole, len(codes), codes.size(1), global_scale, codebook, config, layout),)
     if layout == "words":
         packed = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
         scale, offset = scale.t().contiguous(), None if offset is None else offset.t().contiguous()

@@ -88,7 +88,7 @@ class Resume:
         path = self._path
         if path is None:
             return
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, each in learned.items():
             found = each.quantized
             operands = zip(OPERANDS, (each.planes, found.scale, found.offset, found.global_scale), strict=True)
@@ -108,7 +108,7 @@ def _digest(before: str, layers: Mapping[str, ToLearn]) -> str:
         weight, statistics = layer.weight, layer.statistics
         made.update(f"{name} {layer.format} {tuple(weight.shape)} {weight.dtype} {statistics.rows}".encode())
         for tensor in (weight, statistics.mean_square):
-            made.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+            made.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return made.hexdigest()
 
 

@@ -122,7 +122,7 @@ class LearnedRounding:
         return _through(round_to_half, self.scale * (1 + self.variables[1]))
 
     def _offset(self) -> Tensor:
-        return _through(round_to_half, self.offset + self.variables[2] * self.gap * self.scale)  # type: ignore[operator]
+        return _through(round_to_half, self.offset + self.variables[2] * self.gap * self.scale)
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and value of level 0 of each column, and its level, all ``[N, K]``."""

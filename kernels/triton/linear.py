@@ -119,9 +119,9 @@ def linear_kernel(
         if GATED:
             second = add_up(shares + SIZE, SPLIT_K, PARTS * SIZE)
     if norm_ptr is not None:
-        acc *= rest[None, :]
+        acc *= rest[None, :]  # type: ignore[index]
         if GATED:
-            second *= rest[None, :]
+            second *= rest[None, :]  # type: ignore[index]
     bias_ptr = _pick(bias_ptrs, matrix)
     second_bias_ptr = bias_ptrs[1] if GATED else None
     store_result(
@@ -168,7 +168,7 @@ def launch_arguments(
 def product_tiles(matrices: Sequence[Matrix], m: int, epilogue: Epilogue, config: Config) -> int:
     """Tiles of the result, each computed by ``split_k`` programs."""
     counted = matrices[:1] if epilogue.gated else matrices
-    return int(triton.cdiv(m, config.block_m)) * sum(triton.cdiv(matrix.rows, config.block_n) for matrix in counted)
+    return int(triton.cdiv(m, config.block_m)) * sum(int(triton.cdiv(matrix.rows, config.block_n)) for matrix in counted)
 
 
 def config_of(x: Tensor, n: int, layout: WordLayout, activation_bits: int) -> Config:
