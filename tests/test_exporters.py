@@ -62,7 +62,7 @@ OVERRIDES: dict[str, Any] = {
 
 
 def test_gguf_and_back(tmp_path: Path) -> None:
-    model = llama(bits=4, group_size=32, overrides=OVERRIDES)
+    model = llama(bits=4, group_size=32, end_bits=1, overrides=OVERRIDES)
     kbit.to_gguf(model, tmp_path / "model.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     again = kbit.from_gguf(tmp_path / "model.gguf")
@@ -83,14 +83,14 @@ def test_gptq_and_back(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(kbit.UnsavableModelError, match=r"self_attn\.q_proj, model\.layers\.1\.self_attn\.q_proj; pack"):
-        kbit.to_gguf(llama(bits=4, group_size=32, overrides={r"re:.*q_proj": {"bits": 6}}), tmp_path / "model.gguf")
+        kbit.to_gguf(llama(bits=4, group_size=32, end_bits=1, overrides={r"re:.*q_proj": {"bits": 6}}), tmp_path / "model.gguf")
     with pytest.raises(kbit.UnsavableModelError, match=r"exactly: model\.embed_tokens"):
         kbit.to_gptq(llama(bits=4, group_size=32, symmetric=True), tmp_path / "folder")
     with pytest.raises(kbit.ModelMismatchError, match="a Linear has no form in GGUF"):
         kbit.to_gguf(torch.nn.Linear(2, 2), tmp_path / "model.gguf")
     (tmp_path / "text.gguf").write_text("no GGUF file at all")
     with pytest.raises(kbit.NotAModelFileError, match="no GGUF file"):
-        kbit.to_gguf(llama(bits=4, group_size=32), tmp_path / "model.gguf", like=tmp_path / "text.gguf")
+        kbit.to_gguf(llama(bits=4, group_size=32, end_bits=1), tmp_path / "model.gguf", like=tmp_path / "text.gguf")
     assert not (tmp_path / "model.gguf").exists() and not list(tmp_path.glob(".kbit*"))
 
 
