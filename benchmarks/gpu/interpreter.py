@@ -40,6 +40,18 @@ How many random products and look-ups of each kind `python benchmarks/gpu/interp
 {version}'s interpreter, by the checks of `tests/test_triton_kernels.py`, each with shapes, groups, strides, bias, codebook and
 configuration of its own. None was outside the bound. CI runs the same checks, on fewer.
 
+The operands that such a kernel is given:
+
+```python
+import torch
+
+from kbit_inductor import LayerConfig
+from kbit_inductor.packing import pack
+
+packed = pack(torch.randn(16, 64), LayerConfig(bits=3, group_size=32), layout="words")
+print([(operand.dtype, tuple(operand.shape)) for operand in packed.operands])
+```
+
 """
 SETTING = {"triton": triton.__version__, "source": source_hash()}
 Cell = tuple[str, int, str]
@@ -97,7 +109,7 @@ def table(seen: Counter[Cell]) -> str:
     for family in dict.fromkeys(family for _, (_, tried) in CHECKS.items() for family in tried):
         for dtype in DTYPES:
             lines.append(f"| {family} | {dtype} | " + " | ".join(str(seen[family, bits, dtype]) for bits in BITS) + " |")
-    return PAGE_HEAD.format(version=triton.__version__) + "\n".join(lines) + "\n"
+    return PAGE_HEAD.replace("{version}", triton.__version__) + "\n".join(lines) + "\n"
 
 
 def kept() -> Counter[Cell]:
