@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kbit_inductor import backend
+from kbit_inductor.debug import exact
 from kbit_inductor.passes.pipeline import BUILT_IN
 from kbit_inductor.testing import dequantized_copy, relative_error, rewrite
 
 OPTIONS = {"bits": 5, "group_size": 16, "min_elements": 0}
-ACTIVATIONS = {
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
+ACTIVATIONS = {name: function for name, function in exact.ACTIVATIONS.items() if name}
 
 
 class Compiled:
