@@ -65,9 +65,9 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Con
         if not context.slots:
             untouched = passes() == pipeline.BUILT_IN and not context.fusions
             inner = inductor(gm if untouched else rewritten, example_inputs, config.mode)
-            return _guarded(inner, floats)
+            return Bound(inner, tuple(range(len(example_inputs))), (), floats)
         inner = inductor(rewritten, [*(example_inputs[i] for i in kept), *itertools.chain(*context.operands)], config.mode)
-    return _guarded(bound(inner, kept, tuple(context.slots)), floats)
+    return Bound(inner, kept, tuple(context.slots), floats)
 
 
 def capture(
@@ -112,29 +112,40 @@ def kept_arguments(context: Context, count: int) -> tuple[int, ...]:
     return tuple(i for i in range(count) if i not in dropped)
 
 
-def bound(inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...]) -> Compiled:
-    """``inner`` called with the weights that the arguments of this very call have, packed."""
+class Bound:
+    """A compiled graph, called with the arguments of the captured one: the weights among them are packed.
 
-    binding = Binding(STORE, slots)
+    Args:
+        inner: takes the arguments that are kept, and then packed weights.
+        kept: the positions of the arguments that it still takes.
+        slots: the packed weights.
+        floats: positions and names of the weights that it reads as floats, which must be there.
+    """
 
-    def call(*arguments: Any) -> Any:
-        return inner(*[arguments[i] for i in kept], *binding.operands(arguments))
+    def __init__(
+        self, inner: Compiled, kept: tuple[int, ...], slots: tuple[Slot, ...], floats: tuple[tuple[int, str], ...] = ()
+    ) -> None:
+        self.inner = inner
+        self.kept = kept
+        self._floats = floats
+        self._binding = Binding(STORE, slots)
 
-    return call
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it with the weights that the arguments of this very call have."""
+        return self.inner(*self.operands(arguments))
 
+    def operands(self, arguments: Sequence[Any]) -> list[Any]:
+        """What ``inner`` takes for ``arguments``: those kept, in order, and packed weights.
 
-def _guarded(compiled: Compiled, floats: tuple[tuple[int, str], ...]) -> Compiled:
-    """``compiled``, which reads the weights ``floats``, given as position and name, as floats: they must be there."""
-
-    def call(*arguments: Any) -> Any:
-        for position, name in floats:
+        Raises:
+            ReleasedWeightError: a float weight that is read has been freed.
+        """
+        for position, name in self._floats:
             if is_released(arguments[position]):
                 raise ReleasedWeightError(
                     f"this graph reads the float weight of layer {name!r}, freed by release_weights=True; {MEND}"
                 )
-        return compiled(*arguments)
-
-    return call if floats else compiled
+        return [*[arguments[i] for i in self.kept], *self._binding.operands(arguments)]
 
 
 def raiser(error: KbitError) -> Compiled:

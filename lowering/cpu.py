@@ -28,8 +28,16 @@ SCHEMAS = {
     "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
     # Attention of a few queries over a cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
     "decode_attention_cpu": "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
-    # Several of the two above, one after the other: see kbit_inductor.lowering.chain.
+    # New keys and values into caches, turned by their positions; the turned queries: see kbit_inductor.lowering.chain.append.
+    "append_cpu": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, SymInt start, "
+        "int[] columns, int heads) -> Tensor"
+    ),
+    # Several of the others, one after the other: see kbit_inductor.lowering.chain.
     "chain_cpu": "(Tensor[] inputs, int[] program, float[] numbers, str[] activations) -> Tensor[]",
+    "caching_chain_cpu": (
+        "(Tensor[] inputs, Tensor(a!)[] written, SymInt[] starts, int[] program, float[] numbers, str[] activations) -> ()"
+    ),
     "linear_grad_input_cpu": "(Tensor grad, Tensor weight, SymInt columns) -> Tensor",
 }
 # Not in graphs, so they need neither fakes nor derivatives. In place of an offset, a symmetric grid gives a tensor without rows; in
@@ -100,10 +108,25 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)  # the heads of a query lie together
 
 
+def _append_fake(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, start: int,
+    columns: Sequence[int], heads: int,
+) -> Tensor:  # fmt: skip
+    batch, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, keys.shape[3])).transpose(1, 2)
+
+
+FAKES = chain.Operators(_fused_fake, _attention_fake, _append_fake)
+
+
 def _chain_fake(
     inputs: Sequence[Tensor], program: Sequence[int], numbers: Sequence[float], activations: Sequence[str]
 ) -> list[Tensor]:
-    return chain.run(inputs, chain.decode(program, numbers, activations), _fused_fake, _attention_fake)
+    return chain.run(inputs, chain.decode(program, numbers, activations), FAKES)
+
+
+def _caching_chain_fake(*arguments: Any) -> None:
+    """It only writes."""
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -160,7 +183,9 @@ torch.library.register_fake("kbit::linear_cpu", _linear_fake)
 torch.library.register_fake("kbit::fused_linear_cpu", _fused_fake)
 torch.library.register_fake("kbit::embedding_cpu", _embedding_fake)
 torch.library.register_fake("kbit::decode_attention_cpu", _attention_fake)
+torch.library.register_fake("kbit::append_cpu", _append_fake)
 torch.library.register_fake("kbit::chain_cpu", _chain_fake)
+torch.library.register_fake("kbit::caching_chain_cpu", _caching_chain_fake)
 torch.library.register_fake("kbit::linear_grad_input_cpu", _grad_input_fake)
 torch.library.impl("kbit::linear_grad_input_cpu", "CPU", _grad_input)
 # It is taken apart before autograd, so whatever compiles it sees linear_cpu.

@@ -25,7 +25,7 @@ class Compiled:
         (graph,) = rewrite(module, *inputs, config=OPTIONS | options, passes=passes)
         self.fusions, self.operators = graph.fusions, graph.operators
         kept = backend.kept_arguments(graph.context, len(graph.inputs))
-        (self.result,) = backend.bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
+        (self.result,) = backend.Bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
         self.error = relative_error(self.result, dequantized_copy(module)(*inputs))
 
     def products(self) -> int:

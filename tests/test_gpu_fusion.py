@@ -49,7 +49,7 @@ def ran(module: nn.Module, *inputs: Tensor, **options: Any) -> tuple[Rewritten, 
     module.eval().requires_grad_(False)
     (graph,) = rewrite(module, *inputs, config=OPTIONS | options)
     kept = backend.kept_arguments(graph.context, len(graph.inputs))
-    (result,) = backend.bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
+    (result,) = backend.Bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
     return graph, relative_error(result, dequantized_copy(module)(*inputs))
 
 
@@ -161,7 +161,7 @@ def test_a_product_does_not_move_past_a_write_to_its_bias(cpu_in_its_place: None
     assert not graph.fusions
     module.bias.copy_(before)
     kept = backend.kept_arguments(graph.context, len(graph.inputs))
-    result = backend.bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)[0]
+    result = backend.Bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)[0]
     module.bias.copy_(before)
     assert relative_error(result, dequantized_copy(module)(x)) < 1e-5
 

@@ -6,6 +6,7 @@ group stands out whatever the bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,8 +147,26 @@ def _attention(dense: Dense, query: Tensor, key: Tensor, value: Tensor, mask: Te
 def _chain(
     dense: Dense, inputs: Sequence[Tensor], program: Sequence[int], numbers: Sequence[float], activations: Sequence[str]
 ) -> list[Tensor]:
+    return chain.run(inputs, chain.decode(program, numbers, activations), _steps(dense))
+
+
+def _caching_chain(
+    dense: Dense, inputs: Sequence[Tensor], written: Sequence[Tensor], starts: Sequence[int], program: Sequence[int],
+    numbers: Sequence[float], activations: Sequence[str],
+) -> None:  # fmt: skip
+    count, *program = program
     steps = chain.decode(program, numbers, activations)
-    return chain.run(inputs, steps, lambda *call: _fused(dense, *call), lambda *call: _attention(dense, *call))
+    results = chain.run([*inputs, *written[count:]], steps, _steps(dense), starts)
+    for place, result in zip(written[:count], results, strict=True):
+        place.copy_(result)
+
+
+def _steps(dense: Dense) -> chain.Operators:
+    return chain.Operators(functools.partial(_fused, dense), functools.partial(_attention, dense), _append)
+
+
+def _append(*operands: Any) -> Tensor:
+    return chain.append(*(widen(operand) if isinstance(operand, Tensor) else operand for operand in operands))
 
 
 def _batched(dense: Dense, x: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
@@ -168,6 +187,8 @@ def _grouped(dense: Dense, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor
 WHOLE: Mapping[str, Callable[..., Any]] = {
     "fused_linear_cpu": _fused,
     "fused_linear_triton": _fused_words,
+    "append_cpu": lambda dense, *operands: _append(*operands),
+    "caching_chain_cpu": _caching_chain,
     "chain_cpu": _chain,
     "decode_attention_cpu": _attention,
 }

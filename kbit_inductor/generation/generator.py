@@ -77,6 +77,10 @@ class Generator:
             buffers = huggingface.empty_cache(model, self.batch_size, self._length)
             padding = torch.zeros(self.batch_size, dtype=torch.int64, device=model.device)
             prompt = padding.new_zeros(self.batch_size, EXAMPLE)
+            # Only the number of tokens varies. Dynamo would take for variable whatever differs between two generators.
+            for fixed in (padding, *(each for pair in buffers for each in pair)):
+                torch._dynamo.mark_static(fixed)
+            torch._dynamo.mark_static(prompt, 0)
             torch._dynamo.mark_dynamic(prompt, 1, min=EXAMPLE, max=self._length - 1)
 
             def read(ids: Tensor, padding: Tensor) -> Tensor:
@@ -102,7 +106,8 @@ class Generator:
             past = padding.new_empty(EXAMPLE)
             torch._dynamo.mark_dynamic(past, 0, min=EXAMPLE, max=self._length - 1 - new)
             ids = padding.new_zeros(self.batch_size, new)
-            torch._dynamo.mark_static(ids, 1)  # or it would take what differs between two such graphs for variable
+            torch._dynamo.mark_static(ids)
+            torch._dynamo.mark_static(padding)
             return self._capture(step, ids, padding, past)
 
     def _capture(self, function: Callable[..., Tensor], *examples: Tensor) -> Captured:

@@ -25,6 +25,7 @@ from kbit_inductor.passes.patterns import (
     attention_arguments,
     is_constant,
     rms_norm,
+    unsliced,
 )
 
 LINEAR = torch.ops.kbit.linear_cpu.default
@@ -224,7 +225,7 @@ class _Fusion:
         call = Call.of(node)
         if call is None or call.norm_weight is not None:
             return
-        found = rms_norm(call.x)
+        found = rms_norm(unsliced(call.x))
         if found is None:
             return
         x, weight, eps = found

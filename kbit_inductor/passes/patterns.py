@@ -154,6 +154,16 @@ def _is_mean_square(node: Any, x: fx.Node) -> bool:
     return square.target in ("pow", torch.pow, operator.pow, aten.pow.Tensor_Scalar) and square.args == (x, 2)
 
 
+def unsliced(node: Any) -> Any:
+    """What ``node`` takes slices of, when they keep all of it: the last of one token, for instance."""
+    while isinstance(node, fx.Node) and node.target is operator.getitem and is_constant(node):
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if not all(isinstance(each, slice) and each.step in (None, 1) for each in index) or not alike(node, node.args[0]):
+            break
+        node = node.args[0]
+    return node
+
+
 def _uncast(node: Any) -> Any:
     """What ``node`` casts, when the cast changes nothing: Dynamo records ``x.to(float32)`` of a float32 tensor too."""
     while isinstance(node, fx.Node) and node.target in CASTS and isinstance(node.args[0], fx.Node):

@@ -122,7 +122,7 @@ def _check_compiled(
 
     def interpreted(gm: fx.GraphModule, given: Sequence[Any]) -> Any:
         rewritten, context = backend.capture(gm, given, plain)
-        return backend.bound(rewritten.forward, backend.kept_arguments(context, len(given)), tuple(context.slots))
+        return backend.Bound(rewritten.forward, backend.kept_arguments(context, len(given)), tuple(context.slots))
 
     def compiled(gm: fx.GraphModule, given: Sequence[Any]) -> Any:
         return backend.kbit(gm, given, options=plain)

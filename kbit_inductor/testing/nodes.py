@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload
-from kbit_inductor.debug.exact import ACTIVATIONS, FAMILIES, Concrete
+from kbit_inductor.debug.exact import ACTIVATIONS, FAMILIES, Concrete, widen
 from kbit_inductor.kernels import reference
 from kbit_inductor.lowering import chain
 from kbit_inductor.testing.bounds import Grid, product, rounded
@@ -59,7 +59,11 @@ def _excess(grids: Grids, target: OpOverload, args: tuple[Any, ...], result: Any
     """The error of ``result`` in units of its bound; None for an operator without a definition here."""
     name = target._schema.name.removeprefix("kbit::")
     if name == "chain_cpu":
-        return _chain_excess(grids, args, result)
+        inputs, *program = args
+        return _chain_excess(grids, inputs, (), program, result)
+    if name == "caching_chain_cpu":
+        inputs, written, starts, (count, *program), *rest = args
+        return _chain_excess(grids, [*inputs, *written[count:]], starts, [program, *rest], written[:count])
     if name in WHOLE:
         return _over(result, *WHOLE[name](grids, *args))
     family = next((each for each in FAMILIES if name.startswith(each)), None)
@@ -180,23 +184,50 @@ def _attention(grids: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     return exact, rounded(exact, 4 * off * (p @ v.abs()), query.dtype)
 
 
-def _chain_excess(grids: Any, args: tuple[Any, ...], result: Any) -> float:
+def _append_excess(query: Tensor, operands: tuple[Any, ...]) -> float:
+    """The error of what ``append_cpu`` gave for ``operands`` and of what it put into the caches."""
+    keys, values, start = operands[5:8]
+
+    def outcome(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        place = slice(start, start + query.shape[2])
+        return torch.cat([each.flatten() for each in (query, keys[:, :, place], values[:, :, place])])
+
+    def defined(*operands: Any) -> Tensor:
+        keys, values = (each.clone() for each in operands[5:7])
+        called = [*operands[:5], keys, values, *operands[7:]]
+        return outcome(chain.append(*called), keys, values)
+
+    exact = defined(*widen(operands))
+    # Two products and their sum are three roundings of at most the terms without their signs, whichever half has the minus.
+    sizes = [each.abs() if isinstance(each, Tensor) else each for each in widen(operands)]
+    turned = [-each if i == 4 and each is not None else each for i, each in enumerate(sizes)]
+    terms = torch.maximum(defined(*sizes).abs(), defined(*turned).abs())
+    return _over(outcome(query, keys, values), exact, rounded(exact, 4 * UNIT * terms, query.dtype))
+
+
+def _chain_excess(
+    grids: Any, inputs: Sequence[Tensor], starts: Sequence[int], program: Sequence[Any], result: Sequence[Tensor]
+) -> float:
     """That of the worst step, each run by its own operator; a chain gives bit for bit what its steps give."""
     worst = 0.0
 
-    def checked(operator: Callable[..., Tensor], definition: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-        def call(*call_args: Any) -> Tensor:
+    def checked(operator: Callable[..., Tensor], excess: Callable[..., float]) -> Callable[..., Tensor]:
+        def call(*operands: Any) -> Tensor:
             nonlocal worst
-            value = operator(*call_args)
-            worst = max(worst, _over(value, *definition(grids, *call_args)))
+            value = operator(*operands)
+            worst = max(worst, excess(value, operands))
             return value
 
         return call
 
-    inputs, *program = args
     kbit = torch.ops.kbit
-    steps = chain.decode(*program)
-    returned = chain.run(inputs, steps, checked(kbit.fused_linear_cpu, _fused), checked(kbit.decode_attention_cpu, _attention))
+    # Caches hold what the chain appended; the steps append it again, to the same places.
+    operators = chain.Operators(
+        checked(kbit.fused_linear_cpu, lambda value, operands: _over(value, *_fused(grids, *operands))),
+        checked(kbit.decode_attention_cpu, lambda value, operands: _over(value, *_attention(grids, *operands))),
+        checked(kbit.append_cpu, _append_excess),
+    )
+    returned = chain.run(inputs, chain.decode(*program), operators, starts)
     same = all(torch.equal(a, b) for a, b in zip(result, returned, strict=True))
     return worst if same else float("inf")
 

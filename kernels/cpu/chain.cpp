@@ -27,6 +27,10 @@ class Phases {
       const Share share(phase == 0 ? attention_->tasks() : attention_->rows(), thread, threads);
       return phase == 0 ? attention_->compute(share.begin, share.end) : attention_->combine(share.begin, share.end);
     }
+    if (const auto* problem = std::get_if<AppendProblem>(&step_)) {
+      const Share share(problem->tasks(), thread, threads);
+      return append(*problem, share.begin, share.end);
+    }
     // Each thread quantizes the activations for itself: there are few, and it spares a barrier.
     const TiledProduct product(std::get<TiledProblem>(step_));
     const Share share(product.tasks(), thread, threads);

@@ -1,16 +1,17 @@
-// Products and attention of few rows, one after the other on the same threads.
+// Products, attention and what it needs, of few rows, one after the other on the same threads.
 #pragma once
 
 #include <variant>
 #include <vector>
 
+#include "append.h"
 #include "attention.h"
 #include "level.h"
 #include "tiled_linear.h"
 
 namespace kbit {
 
-using ChainStep = std::variant<TiledProblem, AttentionProblem>;
+using ChainStep = std::variant<TiledProblem, AttentionProblem, AppendProblem>;
 
 inline namespace KBIT_LEVEL {
 

@@ -65,6 +65,7 @@ class Unit:
 LEVELS = ("portable", "avx2", "avx512")
 UNITS = {
     "activations.cpp": Unit(LEVELS, ("-fno-math-errno", "-fno-trapping-math")),  # so that rounding is a vector instruction
+    "append.cpp": Unit(LEVELS),
     "attention.cpp": Unit(LEVELS),
     "chain.cpp": Unit(LEVELS),
     "kernels.cpp": Unit(LEVELS),

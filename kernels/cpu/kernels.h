@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "append.h"
 #include "chain.h"
 #include "quantize.h"
 #include "runs.h"
@@ -13,6 +14,7 @@ namespace kbit {
 struct Kernels {
   void (*tiled_linear)(const TiledProblem& problem);
   void (*decode_attention)(const AttentionProblem& problem);
+  void (*append)(const AppendProblem& problem, int64_t begin, int64_t end);
   void (*run_chain)(const std::vector<ChainStep>& steps);
   void (*linear_of_runs)(const ActivationSource& x, const std::vector<Run>& runs, int activation_bits, void* y);
   void (*quantize)(const void* weight, Dtype dtype, int64_t rows, int64_t columns, const GridSearch& search,

@@ -15,6 +15,7 @@
 #include <c10/util/hash.h>
 #include <torch/library.h>
 
+#include "calls.h"
 #include "isa.h"
 #include "kernels.h"
 #include "operands.h"
@@ -24,87 +25,6 @@ namespace kbit {
 namespace {
 
 using at::Tensor;
-
-// Operands of a product, checked, and kept alive while the kernels read them.
-class Product {
- public:
-  Product(const Tensor& x, int64_t activation_bits) {
-    TORCH_CHECK(x.dim() >= 1 && x.device().is_cpu(), "x must be a CPU tensor [..., K], got ", x.sizes(), " on ", x.device());
-    x_ = x.contiguous();
-    columns_ = x.size(-1);
-    problem_.x.dtype = dtype_of(x.scalar_type(), "x");
-    problem_.x.data = x_.const_data_ptr();
-    problem_.activation_bits = grid_bits(activation_bits, problem_.x.dtype);
-  }
-
-  void norm(const Tensor& weight, double eps) {
-    problem_.x.norm_weight = keep(operand(weight, "norm_weight", x_.scalar_type(), {columns_}));
-    problem_.x.eps = static_cast<float>(eps);
-  }
-
-  void weight(const Tensor& packed, int64_t rows, const OptionalTensor& bias) {
-    const TiledWeight weight = tiled_weight(packed);
-    TORCH_CHECK(weight.columns == columns_, "x has ", columns_, " columns, the packed weight ", weight.columns);
-    TORCH_CHECK(weight.rows == rows, "the packed weight has ", weight.rows, " rows, not ", rows);
-    if (!problem_.weights.empty()) {
-      TORCH_CHECK(weight.group_size == problem_.weights.front().group_size, "weights of one product must share a group size");
-    }
-    Bias added;
-    if (bias) {
-      added.dtype = dtype_of(bias->scalar_type(), "bias");
-      added.data = keep(operand(*bias, "bias", bias->scalar_type(), {rows}));
-    }
-    problem_.weights.push_back(weight);
-    problem_.biases.push_back(added);
-    rows_ += rows;
-  }
-
-  void activation(std::string_view name, bool gated) {
-    TORCH_CHECK(parse_activation(name, problem_.activation), "activation '", std::string(name), "' is unknown");
-    problem_.gated = gated;
-    if (!gated) return;
-    TORCH_CHECK(problem_.weights.size() == 2 && problem_.weights[0].rows == problem_.weights[1].rows,
-                "a gated product takes two weights of the same rows");
-    rows_ /= 2;
-  }
-
-  void residual(const Tensor& residual) {
-    problem_.residual = keep(operand(residual, "residual", x_.scalar_type(), shape()));
-  }
-
-  // The result, which whoever computes problem() fills. It may be empty: then there is nothing to compute.
-  Tensor result() {
-    Tensor y = at::empty(shape(), x_.options().memory_format(at::MemoryFormat::Contiguous));
-    problem_.x.rows = y.numel() ? y.numel() / rows_ : 0;
-    problem_.y = y.mutable_data_ptr();
-    return y;
-  }
-
-  const TiledProblem& problem() const { return problem_; }
-
-  Tensor compute() {
-    Tensor y = result();
-    if (y.numel()) kernels().tiled_linear(problem_);
-    return y;
-  }
-
- private:
-  at::DimVector shape() const {
-    at::DimVector shape(x_.sizes());
-    shape.back() = rows_;
-    return shape;
-  }
-
-  const void* keep(Tensor tensor) {
-    kept_.push_back(std::move(tensor));
-    return kept_.back().const_data_ptr();
-  }
-
-  Tensor x_;
-  int64_t columns_ = 0, rows_ = 0;
-  std::vector<Tensor> kept_;
-  TiledProblem problem_;
-};
 
 Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t rows, int64_t activation_bits) {
   Product product(x, activation_bits);
@@ -145,156 +65,6 @@ Tensor embedding_cpu(const Tensor& indices, const Tensor& packed, int64_t embedd
   Tensor out = at::empty(shape, packed.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
   tiled_embedding(table, row, rows.numel(), out.mutable_data_ptr(), dtype);
   return out;
-}
-
-HeadStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
-
-// [B, H, rows, columns] whose rows lie in one piece each.
-Tensor heads(const Tensor& tensor, const char* name, at::ScalarType type) {
-  TORCH_CHECK(tensor.device().is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == type, name,
-              " must be a CPU tensor [B, H, L, D] of ", type, ", got ", tensor.sizes(), " of ", tensor.scalar_type());
-  return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : tensor.contiguous();
-}
-
-// Operands of an attention, checked, and kept alive while the kernels read them.
-class AttentionCall {
- public:
-  AttentionCall(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask, double scale) {
-    const at::ScalarType type = query.scalar_type();
-    AttentionProblem& p = problem_;
-    p.dtype = dtype_of(type, "query");
-    q_ = heads(query, "query", type), k_ = heads(key, "key", type), v_ = heads(value, "value", type);
-    p.batch = q_.size(0), p.heads = q_.size(1), p.queries = q_.size(2), p.size = q_.size(3);
-    p.length = k_.size(2), p.value_size = v_.size(3);
-    TORCH_CHECK(k_.size(0) == p.batch && v_.size(0) == p.batch && k_.size(3) == p.size && v_.size(1) == k_.size(1) &&
-                    v_.size(2) == p.length,
-                "query ", q_.sizes(), ", key ", k_.sizes(), " and value ", v_.sizes(), " do not fit together");
-    TORCH_CHECK(p.heads == 0 || (k_.size(1) > 0 && p.heads % k_.size(1) == 0), "the ", p.heads,
-                " heads of query are no multiple of the ", k_.size(1), " of key");
-    p.group = p.heads ? p.heads / k_.size(1) : 1;
-    if (mask) add_mask(*mask, type);
-    p.q = q_.const_data_ptr(), p.k = k_.const_data_ptr(), p.v = v_.const_data_ptr();
-    p.q_strides = strides_of(q_), p.k_strides = strides_of(k_), p.v_strides = strides_of(v_);
-    p.scale = static_cast<float>(scale);
-  }
-
-  // [B, M, H, Dv], which whoever computes problem() fills. It may be empty: then there is nothing to compute.
-  Tensor result() {
-    const AttentionProblem& p = problem_;
-    Tensor out = at::empty({p.batch, p.queries, p.heads, p.value_size}, q_.options().memory_format(at::MemoryFormat::Contiguous));
-    problem_.out = out.mutable_data_ptr();
-    return out;
-  }
-
-  const AttentionProblem& problem() const { return problem_; }
-
- private:
-  void add_mask(const Tensor& mask, at::ScalarType type) {
-    AttentionProblem& p = problem_;
-    TORCH_CHECK(mask.device().is_cpu() && (mask.scalar_type() == at::kBool || mask.scalar_type() == type),
-                "mask must be bool or of the dtype of query, got ", mask.scalar_type());
-    mask_ = mask.expand({p.batch, p.heads, p.queries, p.length});
-    p.mask_type = mask.scalar_type() == at::kBool ? MaskType::Bool : MaskType::Like;
-    p.mask = mask_.const_data_ptr();
-    p.mask_strides = strides_of(mask_);
-    p.mask_column = mask_.stride(3);
-  }
-
-  Tensor q_, k_, v_, mask_;
-  AttentionProblem problem_;
-};
-
-Tensor decode_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                            double scale) {
-  AttentionCall call(query, key, value, mask, scale);
-  Tensor out = call.result();
-  if (out.numel()) kernels().decode_attention(call.problem());
-  return out.transpose(1, 2);
-}
-
-// Reads the steps of a chain: see lowering/chain.py, which writes them.
-class ChainReader {
- public:
-  ChainReader(const at::TensorList inputs, at::IntArrayRef program, at::ArrayRef<double> numbers,
-              const c10::List<std::string>& activations)
-      : values_(inputs.begin(), inputs.end()), program_(program), numbers_(numbers), activations_(activations) {
-    TORCH_CHECK(numbers.size() == activations.size(), "a chain has a number and an activation for each step");
-    for (size_t step = 0; step < numbers.size(); ++step) read_step(step);
-    TORCH_CHECK(at_ == program_.size(), "the program of a chain is longer than its steps");
-  }
-
-  const std::vector<ChainStep>& steps() const { return steps_; }
-  std::vector<Tensor> results() && { return std::move(results_); }
-
- private:
-  int64_t next() {
-    TORCH_CHECK(at_ < program_.size(), "the program of a chain ends within a step");
-    return program_[at_++];
-  }
-
-  // An input of the chain or the result of an earlier step.
-  const Tensor& tensor(int64_t index) const {
-    TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(values_.size()), "a step of a chain reads a value that is not there");
-    return values_[index];
-  }
-  OptionalTensor optional() {
-    const int64_t index = next();
-    return index < 0 ? OptionalTensor() : OptionalTensor(tensor(index));
-  }
-
-  void read_step(size_t step) {
-    const bool product = next(), returned = next();
-    Tensor result = product ? read_product(step) : read_attention(step);
-    if (returned) results_.push_back(result);
-    values_.push_back(std::move(result));
-  }
-
-  Tensor read_product(size_t step) {
-    const Tensor& x = tensor(next());
-    Product product(x, next());
-    if (const OptionalTensor norm = optional()) product.norm(*norm, numbers_[step]);
-    const OptionalTensor residual = optional();
-    const bool gated = next();
-    const int64_t count = next();
-    TORCH_CHECK(count >= 1, "a product needs a weight");
-    for (int64_t i = 0; i < count; ++i) {
-      const Tensor& weight = tensor(next());
-      const OptionalTensor bias = optional();
-      product.weight(weight, next(), bias);
-    }
-    product.activation(std::string(activations_.get(step)), gated);
-    if (residual) product.residual(*residual);
-    Tensor result = product.result();
-    products_.push_back(std::move(product));
-    if (result.numel()) steps_.emplace_back(products_.back().problem());
-    return result;
-  }
-
-  Tensor read_attention(size_t step) {
-    const Tensor &query = tensor(next()), &key = tensor(next()), &value = tensor(next());
-    const OptionalTensor mask = optional();
-    AttentionCall call(query, key, value, mask, numbers_[step]);
-    Tensor result = call.result();
-    attentions_.push_back(std::move(call));
-    if (result.numel()) steps_.emplace_back(attentions_.back().problem());
-    return result.flatten(2);
-  }
-
-  std::vector<Tensor> values_, results_;
-  at::IntArrayRef program_;
-  at::ArrayRef<double> numbers_;
-  const c10::List<std::string>& activations_;
-  size_t at_ = 0;
-  std::vector<Product> products_;
-  std::vector<AttentionCall> attentions_;
-  std::vector<ChainStep> steps_;
-};
-
-std::vector<Tensor> chain_cpu(const at::TensorList inputs, at::IntArrayRef program, at::ArrayRef<double> numbers,
-                              const c10::List<std::string>& activations) {
-  ChainReader reader(inputs, program, numbers, activations);
-  kernels().run_chain(reader.steps());
-  return std::move(reader).results();
 }
 
 Tensor dequantize_cpu(const Tensor& packed, int64_t begin, int64_t end) {
@@ -475,7 +245,7 @@ TORCH_LIBRARY_IMPL(kbit, CompositeImplicitAutograd, m) {
 
 // Without derivatives of their own, operators would pass through a fallback that costs as much as a small product.
 TORCH_LIBRARY_IMPL(kbit, Autograd, m) {
-  for (const char* name : {"fused_linear_cpu", "embedding_cpu", "decode_attention_cpu", "chain_cpu"}) {
+  for (const char* name : {"fused_linear_cpu", "embedding_cpu"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
@@ -484,8 +254,6 @@ TORCH_LIBRARY_IMPL(kbit, CPU, m) {
   m.impl("linear_cpu", linear_cpu);
   m.impl("fused_linear_cpu", fused_linear_cpu);
   m.impl("embedding_cpu", embedding_cpu);
-  m.impl("decode_attention_cpu", decode_attention_cpu);
-  m.impl("chain_cpu", chain_cpu);
   m.impl("dequantize_cpu", dequantize_cpu);
   m.impl("tile_cpu", tile_cpu);
   m.impl("tile_rows_cpu", tile_rows_cpu);
