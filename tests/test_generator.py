@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
 
 import kbit_inductor as kbit
+from kbit_inductor import backend
 from kbit_inductor.generation.captured import Captured
 from kbit_inductor.generation.sampling import FIRST_CANDIDATES, Sampling
 from kbit_inductor.testing import dequantized_copy
@@ -132,6 +134,17 @@ def test_two_compilations_however_many_texts(made: tuple[kbit.Generator, int]) -
         generator.generate(prompt(tokens), 5)
         generator.generate(prompt(tokens), 3, temperature=1.0)
     assert graphs() == before
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_decoding_step_is_one_chain(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+    monkeypatch.setattr(backend, "inductor", lambda graph, inputs, mode: graphs.append(graph) or graph.forward)
+    kbit.Generator(tiny(3), 20, options={"bits": 4, "min_elements": 0}, batch_size=rows)
+    targets = [node.target for node in graphs[-1].graph.nodes]
+    calls = [target for target in targets if str(target).startswith("kbit.")]
+    assert calls == [torch.ops.kbit.embedding_cpu.default, torch.ops.kbit.caching_chain_cpu.default]
+    assert operator.setitem not in targets  # the cache is written to in the chain
 
 
 def test_a_text_depends_on_no_earlier_text(generator: kbit.Generator) -> None:

@@ -108,7 +108,8 @@ class _Chain:
         for node in self.calls:
             self.context.moved(node, created)
         self.context.fusions["chained"] += len(self.calls)
-        self.context.fusions["appended"] += len(self.appended)
+        if self.appended:
+            self.context.fusions["appended"] += len(self.appended)
 
     def _steps(
         self, results: list[fx.Node], inputs: list[fx.Node], replaced: set[fx.Node]
