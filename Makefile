@@ -99,7 +99,7 @@ sanitize: compiler $(VENV)/.installed  ## the CPU kernels' tests under the addre
 	@echo "== tests of the CPU kernels under $(SANITIZER)"
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	CXX="$(CXX) $(SANITIZER)" ASAN_OPTIONS=detect_leaks=0 KBIT_TEST_EXAMPLES=60 \
-	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cpu_products.py tests/test_attention.py tests/test_chain.py
 
 # Both write what they count to benchmarks/results/reliability.json and docs/testing.md.
 N := 10000
