@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from packed_files import HALF, Model, imported, write
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
@@ -89,6 +91,27 @@ def test_gptqmodel(tmp_path: Path, bits: int, style: str) -> None:
         assert torch.equal(found.dequantize(), linear.weight) and found.error == 0 and found.order is not None
     else:
         assert bool(((found.dequantize() - linear.weight).abs() <= (scale.float() * zero)[:, group] * HALF).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_is_exported_as_gptq_is_read_by_gptqmodel(tmp_path: Path, bits: int) -> None:
+    linears = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason=NOT_HERE)
+    utils = pytest.importorskip("gptqmodel.utils.model", reason=NOT_HERE)
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=64)).eval()
+    skip = ["lm_head", "model.embed_tokens"]
+    kbit.to_gptq(kbit.quantize_(model, {"bits": bits, "group_size": 32, "symmetric": True, "skip": skip}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, module in model.model.layers[0].named_modules():
+        if isinstance(module, nn.Linear):
+            told = {"bits": bits, "group_size": 32, "sym": True, "desc_act": False}
+            theirs = linears.TorchLinear(**told, in_features=module.in_features, out_features=module.out_features, bias=False)
+            stored = {key: tensors[f"model.layers.0.{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+            theirs.load_state_dict(stored)
+            utils.convert_gptq_v1_to_v2_format_module(theirs, bits, torch.int32)
+            theirs.post_init()
+            theirs.scales = theirs.scales.float()
+            assert torch.equal(theirs.dequantize_weight().T, module.weight.dequantize())
 
 
 @pytest.mark.parametrize("style", ["gemv", "gemv_fast"])
