@@ -61,7 +61,8 @@ def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
 def _zero_points(words: Tensor, bits: int, rows: int, less: int) -> Tensor:
     """Zero points, uint8 ``[G, N]``, which ``words`` has ``less`` so many."""
     if WORD % bits:  # a field goes on in the next word: GPTQModel takes one from each by itself
-        return unpack_fields(words, bits, rows).add(less) & (2**bits - 1)
+        fields: Tensor = unpack_fields(words, bits, rows).add(less) & (2**bits - 1)
+        return fields
     ones = sum(less << place for place in range(0, WORD, bits))
     return unpack_fields(words + ones, bits, rows)
 
