@@ -21,6 +21,7 @@ import report
 import smollm2
 import torch
 import transformers
+from measure import cpu_name
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -113,7 +114,7 @@ def gather(rows: list[dict[str, Any]], inputs: smollm2.Inputs, seconds: dict[str
     return {
         "model": MODEL,
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -181,13 +182,6 @@ def _seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

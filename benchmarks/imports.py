@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ class Layer(nn.Module):
         return y
 
 
-def row(name: str, source: str, theirs: Tensor, nbytes: int, packed: PackedWeight) -> Row:
+def row(name: str, source: str, theirs: Tensor, nbytes: int, packed: PackedWeight, order: Tensor | None = None) -> Row:
     """What is found of one format. ``error`` is relative: the norm of the difference over that of the weight."""
     found = packed.dequantize(torch.float64)
+    found = found if order is None else found[:, order.argsort()]
     error = float((found - theirs.double()).norm() / theirs.double().norm())
     bits = [round(8 * size / theirs.numel(), 3) for size in (nbytes, packed.nbytes)]
     return {
@@ -69,8 +71,9 @@ def from_folder(name: str, source: str, tensors: dict[str, Tensor], theirs: Tens
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({"quantization_config": quantization}))
         save_file(plain, Path(folder) / "model.safetensors")
-        packed = kbit.from_checkpoint(folder, Layer).fc.weight.packed.laid_out("planes")
-    return row(name, source, theirs, sum(tensor.nbytes for tensor in plain.values()), packed)
+        matrix = kbit.from_checkpoint(folder, Layer).fc.weight
+    nbytes = sum(tensor.nbytes for tensor in plain.values())
+    return row(name, source, theirs, nbytes, matrix.packed.laid_out("planes"), matrix.order)
 
 
 def gguf() -> Iterator[Row]:
@@ -122,6 +125,60 @@ def gptq() -> Iterator[Row]:
         yield from_folder(name, version("auto-gptq"), state, theirs, quant_method="gptq", bits=bits, group_size=GROUP)
 
 
+def grid_weight(zero: Tensor, group: Tensor, bits: int) -> tuple[nn.Linear, Tensor]:
+    """A layer whose weights lie on grids with the zero points ``zero`` ``[N, G]``, and the scales of these, float16."""
+    scale = (torch.rand(zero.shape) * 0.1 + 0.1).half()
+    linear = nn.Linear(COLUMNS, ROWS, bias=False)
+    linear.weight.data = (torch.randint(0, 2**bits, (ROWS, COLUMNS)) - zero[:, group]) * scale.float()[:, group]
+    return linear, scale
+
+
+def gptqmodel() -> Iterator[Row]:
+    """GPTQModel's layers, unpacked by themselves: zero points of both conventions, and groups in the order of importance."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    cases = [*((bits, style, False) for bits in (2, 3, 4, 8) for style in ("gptq", "gptq_v2")), (4, "gptq_v2", True)]
+    for bits, style, ordered in cases:
+        group = torch.arange(COLUMNS) // GROUP
+        group = group[torch.randperm(COLUMNS)] if ordered else group
+        zero = torch.randint(0, 2**bits, (ROWS, COLUMNS // GROUP)).float()
+        linear, scale = grid_weight(zero, group, bits)
+        told = {"bits": bits, "group_size": GROUP, "sym": False, "desc_act": ordered}
+        layer = TorchLinear(**told, in_features=COLUMNS, out_features=ROWS, bias=False)
+        layer.pack_original(linear, scale.float(), zero.clone(), group.int())
+        layer.post_init()
+        layer.scales = layer.scales.float()
+        theirs = layer.dequantize_weight().T
+        if style == "gptq":
+            convert_gptq_v2_to_v1_format_module(layer, types.SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+        tensors = {**layer.state_dict(), "scales": layer.scales.half()}
+        name = f"GPTQ {bits} bits, zero points{' less one' if style == 'gptq' else ''}{', desc_act' if ordered else ''}"
+        options = {"quant_method": "gptq", "checkpoint_format": style, **told}
+        yield from_folder(name, version("gptqmodel"), tensors, theirs, **options)
+
+
+def awq_of_other_kernels() -> Iterator[Row]:
+    """AWQ's layers as GPTQModel packs them for products of one row. They unpack on a GPU alone: the values are those that were
+    packed, for ``gemv_fast`` with the rounding of scale times zero point that the file has."""
+    from gptqmodel.nn_modules.qlinear.gemv_awq import AwqGEMVLinear
+    from gptqmodel.nn_modules.qlinear.gemv_fast_awq import AwqGEMVFastLinear
+
+    for kind, style in ((AwqGEMVLinear, "gemv"), (AwqGEMVFastLinear, "gemv_fast")):
+        zero = torch.randint(0, 16, (ROWS, COLUMNS // GROUP)).float()
+        linear, scale = grid_weight(zero, torch.arange(COLUMNS) // GROUP, 4)
+        told = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}
+        layer = kind(**told, in_features=COLUMNS, out_features=ROWS, bias=False)
+        layer.pack(linear, scale.float(), zero)
+        theirs = linear.weight.detach().double()
+        if style == "gemv_fast":
+            product = scale.double() * zero
+            theirs += (product - product.half())[:, torch.arange(COLUMNS) // GROUP]
+        name = f"AWQ 4 bits for {style}, zero points"
+        options = {"quant_method": "awq", "checkpoint_format": style, **told}
+        yield from_folder(name, version("gptqmodel"), layer.state_dict(), theirs, **options)
+
+
 def awq() -> Iterator[Row]:
     """Random words that AutoAWQ unpacks."""
     theirs = file_of("awq", "utils/packing_utils.py")
@@ -134,25 +191,40 @@ def awq() -> Iterator[Row]:
 
 
 def compressed_tensors() -> Iterator[Row]:
-    """What the compressor has packed and unpacks."""
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor as Compressor
+    """What the compressors have packed and unpack."""
+    from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    for bits, symmetric in ((4, True), (4, False), (8, True)):
-        told = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP)
-        scheme = QuantizationScheme(targets=["Linear"], weights=told)
-        shape = (ROWS, COLUMNS // GROUP)
-        scale = (8 / 2**bits * (1 + torch.rand(shape))).bfloat16()
-        zero = torch.zeros(shape, dtype=torch.int8) if symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
-        weight = {"weight": torch.randn(ROWS, COLUMNS).bfloat16(), "weight_scale": scale, "weight_zero_point": zero}
-        state = Compressor.compress(weight, scheme)
-        theirs = Compressor.decompress({**state, "weight_scale": scale.float()}, scheme)["weight"]
-        name = f"compressed-tensors W{bits}A16, {'symmetric' if symmetric else 'zero points'}"
-        groups = {"group_0": {"targets": ["Linear"], "weights": told.model_dump(mode="json")}}
-        source = version("compressed-tensors")
-        yield from_folder(
-            name, source, state, theirs, quant_method="compressed-tensors", format="pack-quantized", config_groups=groups
+    cases = [("group", bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+    for strategy, bits, symmetric in [
+        *cases,
+        ("channel", 4, True),
+        ("channel", 4, False),
+        ("channel", 8, True),
+        ("plain", 8, True),
+    ]:
+        groups = COLUMNS // GROUP if strategy == "group" else 1
+        size = {"group_size": GROUP} if strategy == "group" else {}
+        told = QuantizationArgs(
+            num_bits=bits, type="int", symmetric=symmetric, strategy="channel" if groups == 1 else strategy, **size
         )
+        scheme = QuantizationScheme(targets=["Linear"], weights=told)
+        half = 2 ** (bits - 1)
+        scale = (4 / half * (1 + torch.rand(ROWS, groups))).bfloat16()
+        zero = torch.randint(-half, half, scale.shape, dtype=torch.int8) * (not symmetric)
+        weight = {"weight": torch.randn(ROWS, COLUMNS).bfloat16(), "weight_scale": scale, "weight_zero_point": zero}
+        compressor: Any = IntQuantizationCompressor if strategy == "plain" else PackedQuantizationCompressor
+        state = compressor.compress(weight, scheme)
+        theirs = compressor.decompress({**state, "weight_scale": scale.float()}, scheme)["weight"]
+        kind = "int-quantized, a row" if strategy == "plain" else "a row" if groups == 1 else f"groups of {GROUP}"
+        name = f"compressed-tensors W{bits}A16, {kind}, {'symmetric' if symmetric else 'zero points'}"
+        options = {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized" if strategy == "plain" else "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": told.model_dump(mode="json")}},
+        }
+        yield from_folder(name, version("compressed-tensors"), state, theirs, **options)
 
 
 def bitsandbytes() -> Iterator[Row]:
@@ -236,7 +308,9 @@ def onnx() -> Iterator[Row]:
         yield row(f"ONNX MatMulNBits {bits} bits", version("onnxruntime"), theirs, nbytes, packed)
 
 
-FORMATS: tuple[Callable[[], Iterator[Row]], ...] = (gguf, gptq, awq, compressed_tensors, bitsandbytes, hqq, torchao, pt2e, onnx)
+FORMATS: tuple[Callable[[], Iterator[Row]], ...] = (
+    gguf, gptq, gptqmodel, awq, awq_of_other_kernels, compressed_tensors, bitsandbytes, hqq, torchao, pt2e, onnx,
+)  # fmt: skip
 
 
 def table(rows: list[Row]) -> list[str]:

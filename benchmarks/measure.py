@@ -11,6 +11,7 @@ import copy
 import gc
 import json
 import math
+import platform
 import statistics
 import sys
 import time
@@ -197,6 +198,14 @@ def status(field: str) -> int:
         if name == field:
             return int(value.split()[0]) * 1024
     raise LookupError(field)
+
+
+def cpu_name() -> str:
+    """That of this machine's processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def reset_peak() -> int:

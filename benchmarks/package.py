@@ -1,12 +1,14 @@
-"""SmolLM2-135M as an exported package, run by the example in C++: sizes, memory, and whether the tokens are the model's.
+"""SmolLM2-135M as an exported package: run by the example in C++, its sizes, memory, and whether the tokens are the model's; and
+how long a call takes, beside the backend's.
 
-``.venv/bin/python benchmarks/package.py`` takes some minutes and writes ``benchmarks/results/package.json``. The weights are those
-of the GGUF file, code by code. The memory is that of a process without Python.
+``.venv/bin/python benchmarks/package.py`` takes some minutes and writes ``benchmarks/results/package.json`` and the
+tables of docs/deploy.md. The weights are those of the GGUF file, code by code. The memory is that of a process without Python.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import tempfile
 import time
@@ -15,15 +17,19 @@ from typing import Any
 
 import smollm2
 import torch
+from measure import cpu_name, timed
 from rich.console import Console
 
 import kbit_inductor as kbit
 from kbit_inductor.models.surgery import packed_matrices
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "package.json"
+PAGE, RESULTS = HERE.parent / "docs" / "deploy.md", HERE / "results" / "package.json"
+BEGIN, END = "<!-- package: begin -->", "<!-- package: end -->"
 PROMPT = "Gravity is"
 NEW_TOKENS = 16
+LENGTHS = (1, 16, 128)  # tokens of a call that is timed
+REPEATS = 15
 
 
 @torch.no_grad()
@@ -38,11 +44,14 @@ def main() -> None:
         package = kbit.export(model, {"input_ids": ids.expand(2, -1), "use_cache": False}, folder / "model.pt2")
         seconds = time.perf_counter() - start
         tokens, memory = run(build(folder / "build"), package, ids[0].tolist())
+        times = milliseconds(model, package)
         sizes = {"package": package.stat().st_size, "kernels": (folder / "libkbit.so").stat().st_size}
     for _ in range(NEW_TOKENS):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
     results = {
         "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
         "export_seconds": round(seconds, 1),
         "bytes": {
             "gguf": file.stat().st_size,
@@ -51,11 +60,61 @@ def main() -> None:
             **sizes,
         },
         "memory": memory,
+        "milliseconds_of_a_call": times,
         "text": tokenizer.decode(tokens),
         "tokens_are_the_models": tokens == ids[0, -NEW_TOKENS:].tolist(),
     }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write(results)
     Console().print(results)
+
+
+def write(results: dict[str, Any]) -> None:
+    """Write the JSON, and the tables of the page."""
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text("\n".join([before + BEGIN, *table(results), END + after]), encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """What is measured, in Markdown."""
+    sizes, memory = results["bytes"], results["memory"]
+    whole = {
+        "weights in float32": sizes["float32 weights"],
+        "packed weights": sizes["packed weights"],
+        "package": sizes["package"],
+        "library of the kernels": sizes["kernels"],
+        "C++ program: `RssAnon`": memory["RssAnon"],
+        "C++ program: `RssFile`": memory["RssFile"],
+    }
+    lines = ["| SmolLM2-135M | MB |", "|---|---:|", *(f"| {name} | {size / 1e6:.1f} |" for name, size in whole.items())]
+    if "milliseconds_of_a_call" not in results:  # those of an older run
+        return lines
+    lines += ["", f"Milliseconds of a call, on {results['cpu']}, {results['threads']} threads, torch {results['torch']}:", ""]
+    lines += ['| | package | `backend="kbit"` | packed modules in eager |', "|---|---:|---:|---:|"]
+    for length, times in results["milliseconds_of_a_call"].items():
+        lines.append(f"| {length} | " + " | ".join(f"{times[name]:.1f}" for name in ("package", "backend", "eager")) + " |")
+    return lines
+
+
+def milliseconds(model: Any, package: Path) -> dict[str, dict[str, float]]:
+    """The median time of a call of each length, without a cache of keys and values: of the package, of the compiled model, and of
+    the packed modules as they are. They take turns, so that what else the machine does hits all alike."""
+    calls = {
+        "package": torch._inductor.aoti_load_package(str(package)),
+        "backend": torch.compile(model, backend="kbit", dynamic=True),
+        "eager": model,
+    }
+    found: dict[str, dict[str, float]] = {}
+    for length in LENGTHS:
+        ids = torch.arange(length)[None]
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for repeat in range(REPEATS + 1):
+            for name, call in calls.items():
+                elapsed = timed(call, input_ids=ids, use_cache=False)[1]
+                seconds[name] += [elapsed] * (repeat > 0)
+        found[f"{length} tokens"] = {name: round(1000 * statistics.median(each), 2) for name, each in seconds.items()}
+    return found
 
 
 def build(folder: Path) -> Path:

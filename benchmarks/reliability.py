@@ -51,7 +51,7 @@ def kill(kills: int) -> dict[str, int]:
     return found
 
 
-def tables(results: dict[str, Any]) -> list[str]:
+def table(results: dict[str, Any]) -> list[str]:
     """What is measured, in Markdown."""
     lines = ["| format | damaged files | read | refused by an error of ours |", "|---|---:|---:|---|"]
     for name, outcomes in sorted(results["files"].items()):
@@ -70,7 +70,7 @@ def write(results: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, *tables(results), END + after]), encoding="utf-8")
+    PAGE.write_text("\n".join([before + BEGIN, *table(results), END + after]), encoding="utf-8")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -27,6 +28,8 @@ from kbit_inductor.errors import ModelMismatchError, NotACausalLMError, Uncaptur
 from kbit_inductor.models.damage import PARSING_ERRORS, check_sizes
 
 NAME = "kbit_generator"  # of the attention below, in transformers' tables
+CONFIGURATION_ERRORS = (StrictDataclassError, *PARSING_ERRORS)
+"""What transformers raises for a configuration that is damaged: the first is no ValueError."""
 Buffers = list[tuple[Tensor, Tensor]]
 
 
@@ -194,7 +197,7 @@ def build(described: Mapping[str, Any]) -> nn.Module:
             model = kind(config)
         if described["generation"] is not None:
             model.generation_config = GenerationConfig.from_dict(described["generation"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except CONFIGURATION_ERRORS as error:
         raise ModelMismatchError(
             f"transformers {transformers.__version__} does not make a {name} of the configuration that was saved ({error}); "
             "give load() a function that makes it"
@@ -219,7 +222,7 @@ def checkpoint_skeleton(folder: Path, tensors: int, nbytes: int) -> nn.Module:
         vars(config).pop("quantization_config", None)
         check_sizes(config, tensors, nbytes, folder)
         model: nn.Module = without_weights(config, getattr(config, "dtype", None) or torch.float32)
-    except PARSING_ERRORS as error:
+    except CONFIGURATION_ERRORS as error:
         raise ModelMismatchError(f"transformers does not make a causal language model of {folder}/config.json: {error}") from error
     return model
 

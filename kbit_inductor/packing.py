@@ -95,13 +95,7 @@ class PackedWeight:
             return self
         with no_modes():
             parts = ((part, self._rows(part)) for part in row_parts.parts(self.rows, self.columns))
-            global_scale, codebook = self._whole()
-            if layout in TILED_LAYOUTS:
-                operands: Operands = (_tiled(parts, self.rows, self.columns, global_scale, codebook, self.config, layout),)
-            else:
-                shared = (global_scale, codebook)
-                pieces = ((part, _laid_out(rows, *shared, self.config, layout)) for part, rows in parts)
-                operands = tuple(row_parts.joined(pieces, operand_specs(self.rows, self.columns, self.config, layout)))
+            operands = _laid_out(parts, self.rows, self.columns, *self._whole(), self.config, layout)
             return dataclasses.replace(self, operands=operands, layout=layout)
 
     @property
@@ -159,24 +153,39 @@ def pack(
 
 
 def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None = None) -> PackedWeight:
-    columns = weight.size(1)
+    rows, columns = weight.shape
+    parts = row_parts.parts(rows, columns)
     if config.cascade:
         nested = cascade(weight, config.format(columns), statistics)
-        laid_out = _laid_out(row_parts.Rows(nested.codes, nested.scale, nested.offset), nested.global_scale, None, config, layout)
-        return PackedWeight(laid_out, config, columns, nested.errors[-1], layout)
-    quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
-    rows = row_parts.Rows(quantized.codes, quantized.scale, quantized.offset)
-    codebook = Levels(config.bits, config.levels()).table(weight.device)
-    operands = _laid_out(rows, quantized.global_scale, codebook, config, layout)
-    return PackedWeight(operands, config, columns, quantized.error, layout)
+        found, global_scale = row_parts.Rows(nested.codes, nested.scale, nested.offset), nested.global_scale
+        codebook, error = None, nested.errors[-1]
+    else:
+        quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
+        found, global_scale = row_parts.Rows(quantized.codes, quantized.scale, quantized.offset), quantized.global_scale
+        codebook, error = Levels(config.bits, config.levels()).table(weight.device), quantized.error
+    operands = _laid_out(((part, found.of(part)) for part in parts), rows, columns, global_scale, codebook, config, layout)
+    return PackedWeight(operands, config, columns, error, layout)
 
 
-def _laid_out(rows: row_parts.Rows, global_scale: Tensor, codebook: Tensor | None, config: LayerConfig, layout: str) -> Operands:
-    """Operands in ``layout`` of a matrix that has just ``rows``."""
-    codes, scale, offset = rows
+def _laid_out(
+    parts: Iterable[tuple[slice, row_parts.Rows]],
+    rows: int,
+    columns: int,
+    global_scale: Tensor,
+    codebook: Tensor | None,
+    config: LayerConfig,
+    layout: str,
+) -> Operands:
+    """Operands in ``layout`` of a matrix, written part by part."""
     if layout in TILED_LAYOUTS:
-        whole = [(slice(0, len(codes)), rows)]
-        return (_tiled(whole, len(codes), codes.size(1), global_scale, codebook, config, layout),)
+        return (_tiled(parts, rows, columns, global_scale, codebook, config, layout),)
+    pieces = ((part, _packed(found, global_scale, codebook, config, layout)) for part, found in parts)
+    return tuple(row_parts.joined(pieces, operand_specs(rows, columns, config, layout)))
+
+
+def _packed(rows: row_parts.Rows, global_scale: Tensor, codebook: Tensor | None, config: LayerConfig, layout: str) -> Operands:
+    """Operands of some rows in the layout ``"planes"`` or ``"words"``."""
+    codes, scale, offset = rows
     if layout == "words":
         packed = pack_words(codes, config.bits, config.group_columns(codes.size(1)))
         scale, offset = scale.t().contiguous(), None if offset is None else offset.t().contiguous()

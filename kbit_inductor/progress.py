@@ -1,15 +1,37 @@
-"""A progress bar on stderr for work that takes more than a second."""
+"""What is shown on stderr while work takes long: a bar where steps can be counted, a line where they cannot."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 PATIENCE = 1.0  # seconds before anything is shown
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say ``what`` is being waited for, where stderr is a terminal, until it is over."""
+    console = Console(stderr=True)
+    with console.status(what) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def first_awaited(stream: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """``stream``, of whose first ``count`` elements it is said that ``what`` is being waited for."""
+    rest = iter(stream)
+    with waiting(what):
+        first = list(itertools.islice(rest, count))
+    yield from first
+    yield from rest
 
 
 class Progress:

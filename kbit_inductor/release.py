@@ -98,6 +98,22 @@ def trim_heap() -> None:
         trim(0)
 
 
+class Trimmer:
+    """Gives freed memory back to the system now and then, while weights are converted one after the other."""
+
+    EVERY = 1 << 18  # elements
+
+    def __init__(self) -> None:
+        self._converted = 0
+
+    def converted(self, elements: int) -> None:
+        """So many elements were converted."""
+        self._converted += elements
+        if self._converted > self.EVERY:
+            trim_heap()
+            self._converted = 0
+
+
 def _released_names(module: nn.Module) -> list[str]:
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return [name for name, tensor in named if is_released(tensor)]

@@ -25,6 +25,11 @@ class Rows(NamedTuple):
     scale: Tensor
     offset: Tensor | None
 
+    def of(self, part: slice) -> Rows:
+        """The rows ``part`` of these."""
+        offset = None if self.offset is None else self.offset[..., part, :]
+        return Rows(self.codes[part], self.scale[..., part, :], offset)
+
 
 def parts(rows: int, columns: int) -> list[slice]:
     """All rows in turn, about :data:`AT_ONCE` codes and whole blocks at a time; one part, and it empty, where there are none."""

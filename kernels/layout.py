@@ -30,6 +30,12 @@ TILED_LAYOUTS = ("tiled", "vectors")
 WORD_COLUMNS = 32
 """Columns in a word of a bit vector, at which every group begins one."""
 
+LOWEST_BITS = sum(1 << 8 * i for i in range(8))
+"""Of the bytes of a word: of int64, little-endian."""
+TO_HIGHEST_BYTE = sum(1 << 56 - 7 * i for i in range(8))
+BIT_OF_EACH_BYTE = sum(1 << 9 * i for i in range(8)) - (1 << 64)  # as a signed number
+CARRY = sum(0x80 - (1 << i) << 8 * i for i in range(8))
+
 
 def midpoint(bits: int) -> float:
     """The level that means zero in a symmetric grid of levels of ``bits`` (:func:`level_bits`): ``2 ** (bits - 1)``, or one half at
@@ -58,27 +64,33 @@ def group_count(columns: int, group_size: int) -> int:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 ``codes`` of shape ``[N, K]``, each below ``2 ** bits``, into planes ``[bits, N, ceil(K / 8)]``."""
+    """Pack uint8 ``codes`` of shape ``[N, K]``, each below ``2 ** bits``, into planes ``[bits, N, ceil(K / 8)]``.
+
+    Eight codes are a word. A product moves a bit of each of its bytes to the highest byte (Warren, "Hacker's Delight", 2012,
+    section 7-3): that of byte ``i``, by ``56 - 7 * i`` places, to bit ``i`` there, and no two terms of the product meet.
+    """
     rows, columns = codes.shape
     width = packed_width(columns)
-    padded = torch.nn.functional.pad(codes, (0, 8 * width - columns)).view(rows, width, 8)
-    weights = (2 ** torch.arange(8, device=codes.device)).to(torch.uint8)
+    padded = torch.nn.functional.pad(codes, (0, 8 * width - columns))
+    words = padded.flatten().view(torch.int64).view(rows, width)
     planes = torch.empty(bits, rows, width, dtype=torch.uint8, device=codes.device)
     for plane in range(bits):
-        bit = (padded >> (bits - 1 - plane)) & 1
-        torch.sum(bit * weights, dim=-1, dtype=torch.uint8, out=planes[plane])
+        planes[plane] = ((words >> (bits - 1 - plane)) & LOWEST_BITS).mul_(TO_HIGHEST_BYTE) >> 56
     return planes
 
 
 def unpack_codes(planes: Tensor, columns: int) -> Tensor:
-    """The inverse of :func:`pack_codes`: uint8 codes ``[N, columns]``."""
-    bits, rows, width = planes.shape
-    shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    codes = torch.zeros(rows, width * 8, dtype=torch.uint8, device=planes.device)
-    for plane in range(bits):
-        bit = (planes[plane].unsqueeze(-1) >> shifts) & 1
-        codes = (codes << 1) | bit.view(rows, width * 8)
-    return codes[:, :columns]
+    """The inverse of :func:`pack_codes`: uint8 codes ``[N, columns]``.
+
+    A byte is repeated eight times in a word, of which byte ``i`` keeps bit ``i``; what is added carries that to its byte's highest
+    bit.
+    """
+    _, rows, width = planes.shape
+    words = torch.zeros(rows, width, dtype=torch.int64, device=planes.device)
+    for plane in planes:
+        kept = plane.long().mul_(LOWEST_BITS).bitwise_and_(BIT_OF_EACH_BYTE)
+        words = words.bitwise_left_shift_(1).bitwise_or_(kept.add_(CARRY).bitwise_right_shift_(7).bitwise_and_(LOWEST_BITS))
+    return words.view(torch.uint8)[:, :columns]
 
 
 def tiled_nbytes(

@@ -103,6 +103,7 @@ def test_output_for_people(source: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(commands, "explain_model", lambda *_, **__: kbit.Explanation((), 1, {}))
     assert "0 of 0 weight matrices packed" in kbit_command("explain", source).output
     assert "quantize" in kbit_command("--help").output
+    assert kbit_command("--version").output.startswith(f"kbit-inductor {kbit.__version__}")
 
 
 def test_mistakes_have_a_message_and_a_code(source: Path, tmp_path: Path) -> None:
@@ -112,7 +113,9 @@ def test_mistakes_have_a_message_and_a_code(source: Path, tmp_path: Path) -> Non
         ("quantize", source, target, "-o", "bits"): "NAME=VALUE",
         ("quantize", tmp_path, target): "neither kbit.json nor config.json",
         ("quantize", source, source): "there already",
-        ("generate", tmp_path / "nowhere.gguf", "w4"): "no tokenizer",
+        ("generate", tmp_path / "nowhere.gguf", "w4"): "is not there",
+        ("eval", tmp_path, source): "no tokenizer",
+        ("quantize", source, target, "--text", tmp_path): "not a text file",
     }
     for arguments, says in cases.items():
         result = kbit_command(*arguments)
@@ -187,8 +190,8 @@ def test_ctrl_c_leaves_what_was_there(case: str, source: Path, tmp_path: Path, m
     command, name = case.split()[0], "old.pt2" if case == "export" else "old"
 
     def write(*arguments: object, **_: object) -> None:
-        path = next(argument for argument in (*arguments[::-1], *arguments) if isinstance(argument, (str, Path)))
-        Path(path).write_bytes(b"half")
+        path = next(argument for argument in arguments if str(argument).startswith(str(tmp_path)))  # others are names
+        Path(str(path)).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGINT)
 
     (tmp_path / name).write_bytes(b"as it was")

@@ -60,8 +60,10 @@ def test_every_page_has_snippets() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where snippets run."""
-    return tmp_path_factory.mktemp("docs")
+    """Where snippets run: a folder with the repository's ``benchmarks`` in it."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
+    return folder
 
 
 @pytest.mark.usefixtures("unregister")

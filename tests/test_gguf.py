@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ def test_a_file_becomes_the_model_that_transformers_makes_of_it(tmp_path: Path) 
     assert mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in wanted)
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, theirs(ids).logits)
+
+
+def test_sizes_that_transformers_refuses_are_told(tmp_path: Path) -> None:
+    whole, damaged = write(tmp_path / "tiny.gguf").read_bytes(), tmp_path / "damaged.gguf"
+    key = b"llama.attention.head_count" + struct.pack("<I", gguf.GGUFValueType.UINT32)
+    assert whole.count(key) == 1
+    damaged.write_bytes(whole.replace(key + struct.pack("<I", SIZES["heads"]), key + struct.pack("<I", 5)))
+    with pytest.raises(kbit.ModelMismatchError, match="not a multiple"):
+        kbit.from_gguf(damaged)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from packed_files import HALF, Model, imported, write
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
+from kbit_inductor.models.importers import coded as importing
 from kbit_inductor.models.importers.fields import pack_fields, unpack_fields
 from kbit_inductor.testing.strategies import SEEDS
 
@@ -56,10 +57,17 @@ class Coded:
         return torch.from_numpy(values.astype(np.float32))
 
 
+def zero_words(zero: Any, bits: int, less: int) -> Any:
+    """Zero points ``[G, N]``, less one in the older convention: of the whole word at once, as GPTQModel does, but for 3 bits."""
+    if 32 % bits:
+        return words_of((zero - less) & (2**bits - 1), bits)
+    return words_of(zero, bits) - np.int32(sum(less << place for place in range(0, 32, bits)))
+
+
 def gptq(coded: Coded, bits: int, less: int, act_order: bool = False) -> dict[str, Any]:
     tensors = {
         "fc.qweight": words_of(coded.codes, bits).T,
-        "fc.qzeros": words_of((coded.zero.T - less) & (2**bits - 1), bits),
+        "fc.qzeros": zero_words(coded.zero.T, bits, less),
         "fc.scales": coded.scale.T,
         "fc.bias": np.arange(len(coded.codes), dtype=np.float16),
     }
@@ -122,6 +130,66 @@ def test_awq(tmp_path: Path, rows: int) -> None:
     }
     write(tmp_path, tensors, quant_method="awq", bits=4, group_size=32, version="gemm")
     assert torch.equal(imported(tmp_path, rows, 64).weight.dequantize(), coded.values())
+
+
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(8, 64, 32), (40, 192, 64), (16, 256, 128), (8, 128, -1)])
+def test_awq_for_products_of_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, group_size: int
+) -> None:
+    """As ``gemv.py`` and ``gemv_fast.py`` of AutoAWQ pack."""
+    size = columns if group_size < 0 else group_size
+    coded = Coded(rows, columns, 4, size, 0, zeros=(0, 16))
+    groups, fields = columns // size, 8 * {32: 4, 64: 2}.get(size, 1)
+    padding = ((0, 0), (0, -groups % fields))
+    monkeypatch.setattr(importing, "AT_ONCE", 3 * columns)
+    scale, bias = np.pad(coded.scale, padding), {"fc.bias": np.zeros(rows, dtype=np.float16)}
+    told = {"quant_method": "awq", "bits": 4, "group_size": group_size}
+    plain = {
+        "fc.qweight": words_of(coded.codes, 4), "fc.qzeros": words_of(np.pad(coded.zero, padding), 4), "fc.scales": scale, **bias,
+    }  # fmt: skip
+    write(tmp_path, plain, **told, checkpoint_format="gemv")
+    assert torch.equal(imported(tmp_path, rows, columns).weight.dequantize(), coded.values())
+
+    # Each line is one step of pack_intweight.
+    codes = coded.codes.reshape(rows, -1, 4, 4, 2).transpose(0, 1, 3, 2, 4)
+    codes = codes.reshape(rows, -1, 4, 4, 2).transpose(0, 1, 2, 4, 3)
+    codes = codes.reshape(rows // 4, 4, columns // 64, 64).transpose(0, 2, 1, 3).reshape(rows // 4, columns, 4)
+    words = (codes << np.array([0, 4, 8, 12])).sum(-1).astype(np.uint16).view(np.int16)
+    offset = -(coded.scale.astype(np.float32) * coded.zero).astype(np.float16)
+    fast = {"fc.qweight": words, "fc.qzeros": np.pad(offset, padding).T, "fc.scales": scale.T, **bias}
+    write(tmp_path, fast, **told, version="GEMV_FAST")
+    found = imported(tmp_path, rows, columns).weight
+    wanted = coded.scale.astype(np.float64)[:, coded.group] * coded.codes + offset.astype(np.float64)[:, coded.group]
+    assert torch.equal(found.packed.dequantize(torch.float64), torch.from_numpy(wanted))
+    assert found.error == 0 and found.config.bits == 4
+
+
+@pytest.mark.parametrize("format", ["pack-quantized", "int-quantized"])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group_size"), [(4, True, 32), (4, False, 96), (3, False, 32), (8, True, 96), (8, False, 32)]
+)
+def test_compressed_tensors(tmp_path: Path, format: str, bits: int, symmetric: bool, group_size: int) -> None:
+    middle = 2 ** (bits - 1)
+    coded = Coded(32, 96, bits, group_size, bits, zeros=None if symmetric else (0, 2**bits))
+    coded.group = np.random.default_rng(1).permutation(coded.group)
+    tensors = {"fc.weight_scale": coded.scale, "fc.weight_g_idx": coded.group.astype(np.int32), "fc.bias": np.zeros(32, np.float32)}
+    if format == "pack-quantized":
+        tensors |= {"fc.weight_packed": words_of(coded.codes, bits), "fc.weight_shape": np.array([32, 96])}
+        zero = words_of(coded.zero.T, bits).T
+    else:
+        tensors |= {"fc.weight": (coded.codes - middle).astype(np.int8)}
+        zero = (coded.zero - middle).astype(np.int8)
+    tensors |= {} if symmetric else {"fc.weight_zero_point": zero}
+    size = {"strategy": "group", "group_size": group_size} if group_size < 96 else {"strategy": "channel"}
+    told = {"weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, **size}}
+    write(tmp_path, tensors, quant_method="compressed-tensors", format=format, config_groups={"group_0": told})
+    found = imported(tmp_path, 32, 96).weight
+    if symmetric or bits < 8:
+        assert torch.equal(found.dequantize(), coded.values()) and found.error == 0
+    else:
+        offset = torch.from_numpy(coded.scale.astype(np.float64) * coded.zero)[:, coded.group]
+        values = found.packed.dequantize(torch.float64)[:, found.order.argsort()]
+        assert bool(((values - coded.values()).abs() <= offset * HALF).all())
 
 
 def test_a_llama_of_gptq_layers(tmp_path: Path) -> None:

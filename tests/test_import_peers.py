@@ -6,11 +6,14 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from packed_files import HALF, Model, imported, write
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
@@ -66,6 +69,71 @@ def test_autogptq(tmp_path: Path, bits: int) -> None:
         assert bool(((found.dequantize() - theirs).abs() <= (scale.float() * zero)[:, group] * HALF).all())
 
 
+@pytest.mark.parametrize("style", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptqmodel(tmp_path: Path, bits: int, style: str) -> None:
+    linears = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason=NOT_HERE)
+    utils = pytest.importorskip("gptqmodel.utils.model", reason=NOT_HERE)
+    random = torch.Generator().manual_seed(bits)
+    group = (torch.arange(COLUMNS) // GROUP)[torch.randperm(COLUMNS, generator=random)]
+    scale = (torch.rand(ROWS, COLUMNS // GROUP, generator=random) * 0.1 + 0.1).half()
+    zero = torch.randint(0, 2**bits, scale.shape, generator=random).float()  # those of 0 borrow from others, less one
+    linear = nn.Linear(COLUMNS, ROWS, bias=False)
+    linear.weight.data = (torch.randint(0, 2**bits, (ROWS, COLUMNS)) - zero[:, group]) * scale.float()[:, group]
+    told = {"bits": bits, "group_size": GROUP, "sym": False, "desc_act": True}
+    layer = linears.TorchLinear(**told, in_features=COLUMNS, out_features=ROWS, bias=False)
+    layer.pack_original(linear, scale.float(), zero.clone(), group.int())
+    if style == "gptq":
+        utils.convert_gptq_v2_to_v1_format_module(layer, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+    write(tmp_path, with_bias(layer.state_dict()), quant_method="gptq", checkpoint_format=style, **told)
+    found = imported(tmp_path, ROWS, COLUMNS).weight
+    if bits < 8:
+        assert torch.equal(found.dequantize(), linear.weight) and found.error == 0 and found.order is not None
+    else:
+        assert bool(((found.dequantize() - linear.weight).abs() <= (scale.float() * zero)[:, group] * HALF).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_is_exported_as_gptq_is_read_by_gptqmodel(tmp_path: Path, bits: int) -> None:
+    linears = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason=NOT_HERE)
+    utils = pytest.importorskip("gptqmodel.utils.model", reason=NOT_HERE)
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=64)).eval()
+    skip = ["lm_head", "model.embed_tokens"]
+    kbit.to_gptq(kbit.quantize_(model, {"bits": bits, "group_size": 32, "symmetric": True, "skip": skip}), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, module in model.model.layers[0].named_modules():
+        if isinstance(module, nn.Linear):
+            told = {"bits": bits, "group_size": 32, "sym": True, "desc_act": False}
+            theirs = linears.TorchLinear(**told, in_features=module.in_features, out_features=module.out_features, bias=False)
+            stored = {key: tensors[f"model.layers.0.{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+            theirs.load_state_dict(stored)
+            utils.convert_gptq_v1_to_v2_format_module(theirs, bits, torch.int32)
+            theirs.post_init()
+            theirs.scales = theirs.scales.float()
+            assert torch.equal(theirs.dequantize_weight().T, module.weight.dequantize())
+
+
+@pytest.mark.parametrize("style", ["gemv", "gemv_fast"])
+def test_awq_of_gptqmodel(tmp_path: Path, style: str) -> None:
+    kernels = pytest.importorskip(f"gptqmodel.nn_modules.qlinear.{style}_awq", reason=NOT_HERE)
+    random, group_size = torch.Generator().manual_seed(0), 64
+    group = torch.arange(COLUMNS) // group_size
+    scale = (torch.rand(ROWS, COLUMNS // group_size, generator=random) * 0.1 + 0.1).half()
+    zero = torch.randint(0, 16, scale.shape, generator=random).float()
+    linear = nn.Linear(COLUMNS, ROWS, bias=False)
+    linear.weight.data = (torch.randint(0, 16, (ROWS, COLUMNS)) - zero[:, group]) * scale.float()[:, group]
+    told = {"bits": 4, "group_size": group_size, "sym": False, "desc_act": False}
+    kind = kernels.AwqGEMVLinear if style == "gemv" else kernels.AwqGEMVFastLinear
+    layer = kind(**told, in_features=COLUMNS, out_features=ROWS, bias=False)
+    layer.pack(linear, scale.float(), zero)
+    write(tmp_path, with_bias(layer.state_dict()), quant_method="awq", checkpoint_format=style, **told)
+    found, product = imported(tmp_path, ROWS, COLUMNS).weight, scale.double() * zero
+    # The faster kernels' file has scale times zero point, rounded to float16.
+    theirs = linear.weight.double() + (0 if style == "gemv" else (product - product.half())[:, group])
+    assert torch.equal(found.packed.dequantize(torch.float64), theirs) and found.error == 0
+
+
 def test_autoawq(tmp_path: Path) -> None:
     theirs = file_of("awq", "utils/packing_utils.py")
     random = torch.Generator().manual_seed(0)
@@ -79,7 +147,8 @@ def test_autoawq(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "strategy"), [(4, True, "group"), (4, False, "group"), (8, True, "channel"), (3, True, "group")]
+    ("bits", "symmetric", "strategy"),
+    [(4, True, "group"), (4, False, "group"), (4, False, "channel"), (8, True, "channel"), (8, True, "group"), (3, True, "group")],
 )
 def test_compressed_tensors(tmp_path: Path, bits: int, symmetric: bool, strategy: str) -> None:
     compressors = pytest.importorskip("compressed_tensors.compressors.pack_quantized", reason=NOT_HERE)

@@ -13,12 +13,13 @@ import typer
 from rich.table import Table
 from torch import Tensor, nn
 
+import kbit_inductor
 from kbit_inductor.bits import Plan, plan
 from kbit_inductor.cli import doctor as machine
 from kbit_inductor.cli.bench import bench
 from kbit_inductor.cli.chat import chat
 from kbit_inductor.cli.evaluate import evaluate
-from kbit_inductor.cli.files import check_new, need_tokenizer, new_folder, open_model, open_tokenizer
+from kbit_inductor.cli.files import check_new, need_tokenizer, new_folder, open_model, open_tokenizer, text_of
 from kbit_inductor.cli.options import EXAMPLE_TOKENS, Json, Options, Source, config_of, console, reported, show
 from kbit_inductor.cli.scaling import scaling
 from kbit_inductor.cli.text import pieces
@@ -32,7 +33,7 @@ from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="k-bit models: make, look into and run them.")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Target = Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace TARGET if it is there.")]
@@ -44,6 +45,21 @@ Device = Annotated[
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="Bits by layer, written by kbit plan.", show_default=False)]
 Output = Annotated[Path | None, typer.Option(help="Where to write the plan, for kbit quantize --plan.", show_default=False)]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kbit-inductor {kbit_inductor.__version__}, torch {torch.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which release this is.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """k-bit models: make, look into and run them."""
 
 
 class Form(str, enum.Enum):
@@ -215,7 +231,7 @@ def _example(batch: int) -> Tensor:
 
 
 def _lines(text: Path | None) -> list[str] | None:
-    return None if text is None else [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return None if text is None else [line for line in text_of(text).splitlines() if line.strip()]
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -20,11 +20,13 @@ from torch.utils.benchmark import Timer
 
 from kbit_inductor.cli.files import open_model
 from kbit_inductor.cli.options import Json, Options, Source, config_of, console, reported, show
+from kbit_inductor.cli.text import COMPILING
 from kbit_inductor.config import Config
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.generation.generator import Generator
 from kbit_inductor.models.modules import PackedLinear
 from kbit_inductor.models.surgery import quantize_
+from kbit_inductor.progress import waiting
 
 Pattern = Annotated[
     str | None,
@@ -83,8 +85,8 @@ def text_speed(model: nn.Module, config: Config, prompt: int, new_tokens: int) -
     """Tokens per second of the prompt and after it, of the compiled model, when all is compiled."""
     generator = Generator(model, prompt + new_tokens, config)
     ids = torch.arange(prompt)[None] % generator.model.config.vocab_size
-    for _ in generator.stream(ids, 2, eos_token_id=()):
-        pass
+    with waiting(COMPILING):
+        list(generator.stream(ids, 2, eos_token_id=()))
     times = [time.perf_counter()]
     times += [time.perf_counter() for _ in generator.stream(ids, new_tokens, eos_token_id=())]
     steps = [after - before for before, after in itertools.pairwise(times[1:])]

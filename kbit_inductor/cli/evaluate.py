@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from kbit_inductor.cli.files import need_tokenizer, open_model
+from kbit_inductor.cli.files import need_tokenizer, open_model, text_of
 from kbit_inductor.cli.options import Json, Options, Source, config_of, reported, show
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.models.surgery import quantize_
@@ -29,7 +29,7 @@ def evaluate(
     """Measure the perplexity of a text, in windows that do not overlap; with -o, of the model packed so."""
     with reported(as_json):
         tokenizer = need_tokenizer(source)
-        tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokenizer(text_of(text), add_special_tokens=False, verbose=False)["input_ids"]
         count = min(len(tokens) // length, windows or len(tokens))
         if count == 0:
             raise InvalidOptionError(f"{text} has {len(tokens)} tokens, less than a window of {length}; give a smaller --length")

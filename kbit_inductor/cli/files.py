@@ -31,6 +31,7 @@ def open_model(source: Path) -> nn.Module:
         MissingPackageError: what reads it is not installed.
     """
     need("transformers")
+    _check_there(source)
     if (source / MANIFEST).is_file():
         return load(source)
     if source.suffix == ".gguf":
@@ -52,8 +53,13 @@ def open_model(source: Path) -> nn.Module:
 
 
 def open_tokenizer(source: Path) -> Any:
-    """The tokenizer of the model in ``source``, or None where there is none."""
+    """The tokenizer of the model in ``source``, or None where there is none.
+
+    Raises:
+        NotAModelFolderError: there is nothing of that name.
+    """
     need("transformers")
+    _check_there(source)
     import transformers
 
     try:
@@ -63,6 +69,23 @@ def open_tokenizer(source: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         log.warning("%s has no tokenizer that transformers reads: %s", source, error)
         return None
+
+
+def text_of(path: Path) -> str:
+    """The text in ``path``.
+
+    Raises:
+        InvalidOptionError: it is not there, or no text in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidOptionError(f"{path} is not a text file in UTF-8 that can be read ({error}); give another") from error
+
+
+def _check_there(source: Path) -> None:
+    if not source.exists():
+        raise NotAModelFolderError(f"{source} is not there; give a folder that kbit or Hugging Face has written, or a .gguf file")
 
 
 def check_new(target: Path, force: bool) -> None:

@@ -36,6 +36,7 @@ def from_gguf(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     reader = opened(path)
+    reader.fields.clear()  # arrays for each token of the vocabulary: more than the weights of a small model
     from kbit_inductor.models.gguf_transformers import Form, skeleton
 
     model = skeleton(path, len(reader.tensors))

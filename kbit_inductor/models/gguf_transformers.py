@@ -80,7 +80,7 @@ def skeleton(path: Path, tensors: int) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         check_sizes(config, tensors, path.stat().st_size, path)
         model: nn.Module = huggingface.without_weights(config, torch.float32)
-    except PARSING_ERRORS as error:
+    except huggingface.CONFIGURATION_ERRORS as error:
         raise ModelMismatchError(f"transformers does not load the architecture of {path.name}: {error}") from error
     return model
 

@@ -32,10 +32,9 @@ from kbit_inductor.models.surgery import packed_matrices, packed_module
 from kbit_inductor.packing import PackedWeight
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import Levels
-from kbit_inductor.release import MEND, is_released, trim_heap
+from kbit_inductor.release import MEND, Trimmer, is_released, trim_heap
 
 SHARD_BYTES = 256 << 20
-TRIMMED = 1 << 18  # elements of a weight after whose conversion memory is given back to the system
 
 
 @torch.no_grad()
@@ -109,11 +108,11 @@ def load(
         built = _built(manifest, model, folder)
         # The largest first: what its conversion takes besides is there while little else is.
         weights = sorted(manifest.weights, key=lambda weight: -weight.rows * weight.columns)
+        trimmer = Trimmer()
         with Progress(len(weights), "loading") as progress:
             for weight in weights:
                 _put_packed(built, weight, reader, device)
-                if weight.rows * weight.columns > TRIMMED:
-                    trim_heap()
+                trimmer.converted(weight.rows * weight.columns)
                 progress.advance(weight.layers[0])
         _put_floats(built, manifest, reader, device)
     _check_complete(built)

@@ -19,7 +19,7 @@ from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMa
 from kbit_inductor.overrides import check_names
 from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
 from kbit_inductor.progress import Progress
-from kbit_inductor.release import trim_heap
+from kbit_inductor.release import Trimmer, trim_heap
 
 log = logger("pack")
 
@@ -81,11 +81,14 @@ def quantize_(
     waiting = list(_to_swap(model, resolved))
     for weight, _, places in waiting:
         check_finite(weight, places[0].name)
-    waiting.reverse()
+    # The largest last: what its conversion takes besides is there when few floats are left.
+    waiting.sort(key=lambda one: -one[0].numel())
+    trimmer = Trimmer()
     with Progress(len(waiting), "packing weights") as progress:
         while waiting:
-            name = _swap(*waiting.pop(), statistics)
-            progress.advance(name)
+            elements = waiting[-1][0].numel()
+            progress.advance(_swap(*waiting.pop(), statistics))
+            trimmer.converted(elements)
     trim_heap()
     return model
 

@@ -4,7 +4,8 @@ Of a layer ``[N, K]`` with ``G`` groups of columns there are, in words of 32 bit
 
 * ``qweight`` int32 ``[K * bits / 32, N]``: the codes, columns along the stream;
 * ``qzeros`` int32 ``[G, N * bits / 32]``: the zero points. The older convention, ``checkpoint_format`` ``"gptq"``, stores them
-  less one; ``"gptq_v2"`` as they are;
+  less one; ``"gptq_v2"`` as they are. GPTQModel takes the ones from a whole word, so that a zero point of 0 borrows from the next
+  field of its word, and gives them back to the whole word, as is done here;
 * ``scales`` ``[G, N]``;
 * ``g_idx`` int32 ``[K]``: the group of each column. With ``desc_act`` columns were quantized in the order of their importance, and
   those of a group are not neighbours.
@@ -26,7 +27,8 @@ from kbit_inductor.models.importers.tensors import FLOATS, Layer
 
 MARKS = ("qweight",)
 INT32 = (torch.int32,)
-ADDED = {"gptq": 1, "gptq_v2": 0}  # to what is stored of a zero point, by the checkpoint_format
+LESS = {"gptq": 1, "gptq_v2": 0}  # than a zero point is what is stored of it, by the checkpoint_format
+WORD = 32  # bits
 
 
 def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
@@ -37,8 +39,8 @@ def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
         UnsupportedFormatError: a layout other than the two above, or groups of different sizes.
     """
     style = layer.option("checkpoint_format", str, "gptq")
-    if style not in ADDED:
-        raise UnsupportedFormatError(f"{layer.name} is of the checkpoint_format {style!r}; {' and '.join(ADDED)} are read")
+    if style not in LESS:
+        raise UnsupportedFormatError(f"{layer.name} is of the checkpoint_format {style!r}; {' and '.join(LESS)} are read")
     words = layer.get("qweight", INT32)
     bits = _bits(layer, words, columns)
     words = layer.get("qweight", INT32, (word_count(columns, bits), rows))
@@ -46,8 +48,7 @@ def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
     group_size = _group_size(layer, scale, columns)
     groups = group_count(columns, group_size)
     scale = layer.get("scales", FLOATS, (groups, rows))
-    stored = unpack_fields(layer.get("qzeros", INT32, (groups, word_count(rows, bits))), bits, rows)
-    zero = stored.add(ADDED[style]) & (2**bits - 1)
+    zero = _zero_points(layer.get("qzeros", INT32, (groups, word_count(rows, bits))), bits, rows, LESS[style])
     order = column_order(layer, "g_idx", columns, group_size)
 
     def codes(part: slice) -> Tensor:
@@ -55,6 +56,15 @@ def read(layer: Layer, rows: int, columns: int) -> CodedWeight:
         return found if order is None else found[:, order]
 
     return CodedWeight(codes, rows, columns, bits, group_size, scale.t().double(), zero.t().double(), order=order)
+
+
+def _zero_points(words: Tensor, bits: int, rows: int, less: int) -> Tensor:
+    """Zero points, uint8 ``[G, N]``, which ``words`` has ``less`` so many."""
+    if WORD % bits:  # a field goes on in the next word: GPTQModel takes one from each by itself
+        fields: Tensor = unpack_fields(words, bits, rows).add(less) & (2**bits - 1)
+        return fields
+    ones = sum(less << place for place in range(0, WORD, bits))
+    return unpack_fields(words + ones, bits, rows)
 
 
 def column_order(layer: Layer, suffix: str, columns: int, group_size: int) -> Tensor | None:
