@@ -94,7 +94,7 @@ IMAGES |= {
 }  # fmt: skip
 MULTIMODAL: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
     **dict.fromkeys(("clip", "siglip", "owlvit", "groupvit", "aimv2"), (TOWERS, both)),
-    "vilt": ({}, both), "git": ({"vision_config": {}}, both),
+    "vilt": ({}, both), "git": ({"vision_config": {}}, lambda: {**both(), "use_cache": False}),
 }  # fmt: skip
 
 
