@@ -13,7 +13,6 @@ What could be folded and is not, since the scale would get no gradient or the we
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +22,13 @@ from torch.nn import functional
 
 from kbit_inductor.capture import Context, GraphWeight
 from kbit_inductor.passes.derive import constant_nodes
-from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, MULTIPLY, value_of
+from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, MULTIPLY, value_of
 from kbit_inductor.passes.products import LINEARS
 from kbit_inductor.passes.values import infer_values
 
-aten = torch.ops.aten
 CONVOLUTIONS: dict[Any, int] = {
     torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3,
 }  # fmt: skip
-DIVIDE = (operator.truediv, torch.div, torch.true_divide, "div", aten.div.Tensor)
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 SOFTCAP = "the softcap that follows is one kernel of Inductor's: the tanh that products end with is not exact enough for it near 0"
 Call = Callable[..., fx.Node]

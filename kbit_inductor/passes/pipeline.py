@@ -20,6 +20,7 @@ from kbit_inductor.passes.fuse import fuse
 from kbit_inductor.passes.lower import lower_marks
 from kbit_inductor.passes.products import match_products
 from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.select import select_early
 from kbit_inductor.passes.values import infer_values
 
 
@@ -49,7 +50,8 @@ def _cleanup(gm: fx.GraphModule, context: Context) -> None:
 
 
 BUILT_IN = (
-    Pass("fold", fold, "bounded"),
+    Pass("select", select_early, "bounded"),
+    Pass("fold", fold, "bounded", after=("select",)),
     Pass("expand", _expand, "bounded", after=("fold",)),
     Pass("pack", _pack, "quantizing", after=("expand",)),
     Pass("fuse", _fuse, "bounded", after=("pack",)),
