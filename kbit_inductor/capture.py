@@ -223,6 +223,15 @@ class Context:
         selection = self._selection(node.meta.get(VALUE)) if isinstance(node, fx.Node) else None
         return None if selection is None else selection.weight
 
+    def spared(self) -> set[fx.Node]:
+        """The nodes that nothing reads but what computes a weight that has become an input: no call needs them any more."""
+        computed = {weight.computed for weight in self.weights if weight.computed is not None}
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if (node.users or node in computed) and all(user in found for user in node.users):
+                found.add(node)
+        return found
+
     def is_inside_transform(self, node: fx.Node) -> bool:
         """Whether ``node`` computes inside ``vmap`` or another torch.func transform, and if so, note it for its weights."""
         if not any(is_transformed(tensor) for each in (node, *node.all_input_nodes) for tensor in tensors_of(each)):

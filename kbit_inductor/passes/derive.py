@@ -5,6 +5,7 @@ It stays an input only until the product that takes it is packed; :mod:`kbit_ind
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def explain_computed_weights(context: Context) -> None:
 def constant_nodes(context: Context) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that read parameters alone, each with those that it comes from.
 
-    A product or look-up that will be packed is none: it is computed from what the packed weight stands for.
+    A product or look-up that will be packed is none: it is computed from what the packed weight stands for. A product of low rank,
+    ``B @ A``, or one that gives a vector, is one: to store what it gives takes less than to compute it.
     """
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in context.graph.nodes:
@@ -66,7 +68,7 @@ def constant_nodes(context: Context) -> dict[fx.Node, list[fx.Node]]:
         if node.op == "placeholder":
             if _is_parameter(node) and is_constant(node):
                 found[node] = [node]
-        elif operands and all(operand in found for operand in operands) and _only_computes(node):
+        elif operands and all(operand in found for operand in operands) and (_only_computes(node) or _is_low_rank(node)):
             found[node] = list(dict.fromkeys(source for operand in operands for source in found[operand]))
     return found
 
@@ -81,6 +83,16 @@ def _is_product(node: fx.Node) -> bool:
 
 def _only_computes(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and not _is_product(node)
+
+
+def _is_low_rank(node: fx.Node) -> bool:
+    """Whether ``node`` is a product with fewer terms than its result has rows or columns, or one that gives a vector."""
+    value, *sides = (each.meta.get(VALUE) for each in (node, *node.all_input_nodes))
+    matrices = [side for side in sides if isinstance(side, Tensor) and side.is_floating_point() and side.dim() in (1, 2)]
+    if not _is_product(node) or not isinstance(value, Tensor) or len(matrices) != len(sides) or len(sides) != 2:
+        return False
+    terms = math.isqrt(matrices[0].numel() * matrices[1].numel() // max(value.numel(), 1))
+    return value.dim() < 2 or (value.dim() == 2 and terms < min(value.shape))
 
 
 def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.Node]]) -> fx.Node | None:
@@ -107,7 +119,7 @@ def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.No
 
 
 def _recipe(node: fx.Node, sources: list[fx.Node], constants: dict[fx.Node, list[fx.Node]]) -> fx.GraphModule | None:
-    """What computes ``node`` from ``sources``, if it only computes: no product, nothing written or drawn at random."""
+    """What computes ``node`` from ``sources``, if it only computes: nothing written or drawn at random."""
     steps = [step for step in node.graph.nodes if step in constants and step.op != "placeholder"]
     steps = steps[: steps.index(node) + 1]
 
@@ -138,7 +150,7 @@ def _is_pure(step: fx.Node) -> bool:
     target = step.target
     if not isinstance(target, OpOverload):
         return getattr(target, "__name__", "") == "getitem"
-    return rule_of(step) is None and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _placeholder(context: Context, value: Tensor) -> fx.Node:

@@ -32,8 +32,9 @@ VIEWS = (
 
 def expand_weight_calls(context: Context) -> None:
     """Replace every call that multiplies by a weight through a composite operator with the ATen nodes it consists of."""
+    spared = context.spared()
     for node in list(context.graph.nodes):
-        if node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
+        if node in spared or node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
             continue
         weights = [weight for operand in node.all_input_nodes if (weight := context.weight_of(operand)) is not None]
         if not weights or context.is_view(node) or context.is_inside_transform(node):

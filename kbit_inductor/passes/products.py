@@ -32,9 +32,12 @@ EMBEDDINGS = (functional.embedding,)
 
 def match_products(context: Context) -> None:
     """Mark every product and look-up whose weight is a parameter, or say why not."""
+    spared = context.spared()
     for node in list(context.graph.nodes):
         rule = rule_of(node)
-        if node.op != "call_function" or rule is None or not _weights_of(context, node) or context.is_inside_transform(node):
+        if node in spared or node.op != "call_function" or rule is None or not _weights_of(context, node):
+            continue
+        if context.is_inside_transform(node):
             continue
         with context.graph.inserting_before(node):
             replacement = rule(Rewriter(context, node), *node.args, **node.kwargs)
