@@ -7,14 +7,13 @@ compute A's product with W's, which reads the same x, and add the sum in B's. So
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch import fx
 
 from kbit_inductor.capture import Context, Memory
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.passes.patterns import ADD, MULTIPLY, value_of
-from kbit_inductor.passes.products import LINEARS
+from kbit_inductor.passes.products import LINEARS, linear_operands
 
 
 def widen_adapters(context: Context) -> None:
@@ -34,12 +33,13 @@ def widen_adapters(context: Context) -> None:
 
 def _adapter(context: Context, up: fx.Node) -> tuple[fx.Node, ...]:
     """A and B, if ``up`` is the second product of an adapter; else nothing."""
-    down: Any = up.args[0] if up.target in LINEARS else None
-    if not isinstance(down, fx.Node) or down.target not in LINEARS:
+    second = linear_operands(up)
+    first = linear_operands(second[0]) if second else None
+    if first is None or second is None:
         return ()
-    a, b = down.args[1], up.args[1]
+    (x, a), b = first, second[1]
     narrow, wide = value_of(a), value_of(b)
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or narrow is None or wide is None or narrow.dim() != 2:
+    if narrow is None or wide is None or narrow.dim() != 2:
         return ()
     term = _only_reader(up)
     if term is not None and term.target in MULTIPLY:
@@ -47,7 +47,7 @@ def _adapter(context: Context, up: fx.Node) -> tuple[fx.Node, ...]:
     if term is None or term.target not in ADD or 2 * narrow.shape[0] > min(narrow.shape[1], wide.shape[0]):
         return ()
     others = [other for other in term.all_input_nodes if other is not up]
-    return (a, b) if len(others) == 1 and _is_product(others[0]) and others[0].args[0] is down.args[0] else ()
+    return (a, b) if len(others) == 1 and _is_product(others[0]) and others[0].args[:1] == (x,) else ()
 
 
 def _is_product(node: fx.Node) -> bool:

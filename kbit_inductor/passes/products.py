@@ -30,6 +30,14 @@ LINEARS = (functional.linear, aten.linear.default)
 EMBEDDINGS = (functional.embedding,)
 
 
+def linear_operands(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """x and the weight, if ``node`` is a linear operator with both by position and both of them nodes; else None."""
+    if not isinstance(node, fx.Node) or node.target not in LINEARS or len(node.args) < 2:
+        return None
+    x, weight = node.args[:2]
+    return (x, weight) if isinstance(x, fx.Node) and isinstance(weight, fx.Node) else None
+
+
 def match_products(context: Context) -> None:
     """Mark every product and look-up whose weight is a parameter, or say why not."""
     spared = context.spared()

@@ -13,7 +13,7 @@ from torch import fx
 
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.passes.patterns import ACTIVATIONS, CASTS, DIVIDE, GELU, MULTIPLY, is_constant, value_of
-from kbit_inductor.passes.products import LINEARS
+from kbit_inductor.passes.products import linear_operands
 from kbit_inductor.passes.values import infer_values
 
 ELEMENTWISE = (*MULTIPLY, *DIVIDE, *CASTS, *GELU, *(target for targets in ACTIVATIONS.values() for target in targets))
@@ -37,8 +37,9 @@ def _path(context: Context, node: fx.Node) -> list[fx.Node]:
         return path
     while isinstance(each, fx.Node) and len(each.users) == 1 and is_constant(each):
         path.append(each)
-        if each.target in LINEARS:
-            return path if context.weight_of(each.args[1]) is not None and each.args[0] is not each.args[1] else []
+        if (operands := linear_operands(each)) is not None:
+            x, weight = operands
+            return path if context.weight_of(weight) is not None and x is not weight else []
         if each.target not in ELEMENTWISE or len(each.all_input_nodes) != 1 or each.kwargs.get("inplace"):
             break
         each = each.args[0]
