@@ -32,6 +32,13 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class LateScale(LayerScale):
+    """A scale that is given its shape behind the product, as PoolFormer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma.unsqueeze(-1).unsqueeze(-1) * x
+
+
 class Times(nn.Module):
     def __init__(self, function) -> None:
         super().__init__()
@@ -55,6 +62,7 @@ FOLDED = {
     "3-d": ([conv(3), with_statistics(nn.BatchNorm3d(6))], (1, 4, 4, 4, 4)),
     "no rows": ([nn.Linear(24, 16), with_statistics(nn.BatchNorm1d(16))], (0, 24)),
     "layer scale": ([nn.Linear(24, 16), LayerScale(16)], (2, 3, 24)),
+    "layer scale that is shaped late": ([nn.ReLU(), conv(2), LateScale(6)], (2, 4, 5, 5)),
     "layer scale of channels": ([conv(2), LayerScale(6, 1, 1)], (2, 4, 5, 5)),
 }  # fmt: skip
 

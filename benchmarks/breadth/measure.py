@@ -88,9 +88,9 @@ class Recorder:
 
     @property
     def bound(self) -> float:
-        """A sum of K terms in another order differs by at most K unit roundoffs, and what one product is off passes through the
-        next, of which there are at most as many as are packed."""
-        return len(self.terms) * max(self.terms, default=0) * UNIT_ROUNDOFF
+        """A sum of K terms in another order differs by at most K unit roundoffs, and what one product is off passes through those
+        after it."""
+        return sum(self.terms) * UNIT_ROUNDOFF
 
     def unmatched(self) -> list[dict[str, Any]]:
         """Products that stay in float: operator, weights, multiply–adds and why."""

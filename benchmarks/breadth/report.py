@@ -31,7 +31,7 @@ NOTES = """
 * matched: multiply–adds of products with a side that comes from parameters alone, as torch counts them at each operator of a
   call, before the passes and after. Products that Dynamo does not capture count as not matched.
 * error: the largest relative error of an output, `‖a − e‖ / ‖e‖`. Activations stay in float32, so nothing but the order of sums
-  differs. The bound is K unit roundoffs for each packed product, K the most terms of any.
+  differs. The bound is a unit roundoff for each term of a packed product, all products together.
 * moved: how far 4 bits move the output of a model of random weights; it has to be above the bound, or the two would not be told
   apart.
 * breaks: graph breaks beyond those that the model has with a backend that does nothing. recompiled: graphs made in a second call,

@@ -73,6 +73,17 @@ def constant_nodes(context: Context) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """``node`` and all that it is computed from."""
+    found, waiting = set(), [node]
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting.extend(each.all_input_nodes)
+    return found
+
+
 def _is_parameter(node: fx.Node) -> bool:
     return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
 

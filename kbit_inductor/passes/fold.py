@@ -21,8 +21,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from kbit_inductor.capture import Context, GraphWeight
-from kbit_inductor.passes.derive import constant_nodes
-from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, MULTIPLY, value_of
+from kbit_inductor.passes.derive import ancestors, constant_nodes
+from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, MULTIPLY, is_constant, value_of
 from kbit_inductor.passes.products import LINEARS
 from kbit_inductor.passes.values import infer_values
 
@@ -48,7 +48,7 @@ def fold(gm: fx.GraphModule, context: Context) -> None:
             if weight is not None and _is_softcap(node):
                 context.explain(weight, SOFTCAP)
             scale = None if weight is None else _scale(node, product, constants)
-            if weight is None or scale is None:
+            if weight is None or scale is None or not _are_fixed(_sources(node, product), constants):
                 continue
             if obstacle := _obstacle(context, weight):
                 context.explain(weight, f"not scaled by what follows, {_name(node)}: {obstacle}")
@@ -74,6 +74,16 @@ def _weight_of(context: Context, product: fx.Node, constants: dict[fx.Node, Any]
     # A depthwise convolution stays in float.
     fits = product.target in LINEARS and matrix.dim() == 2 if dims is None else value.dim() == 2 + dims and matrix.shape[1] > 1
     return located[0] if fits else None
+
+
+def _sources(node: fx.Node, product: fx.Node) -> set[fx.Node]:
+    """What ``node`` and ``product`` read, but for x and the product itself."""
+    return {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}  # type: ignore[arg-type]
+
+
+def _are_fixed(sources: set[fx.Node], constants: dict[fx.Node, Any]) -> bool:
+    """Whether they come from parameters alone, and nothing writes to them."""
+    return all(each in constants and is_constant(each) for source in sources for each in ancestors(source))
 
 
 def _obstacle(context: Context, weight: GraphWeight) -> str:
@@ -173,7 +183,7 @@ def _fold(context: Context, node: fx.Node, product: fx.Node, scale: Scale) -> No
     keywords = dict(product.kwargs)
     bias: Any = rest[0] if rest else keywords.pop("bias", None)
     dims = 1 + CONVOLUTIONS.get(product.target, 0)
-    with context.graph.inserting_before(_place(node, product)):
+    with context.graph.inserting_before(_hoist(context.graph, _sources(node, product))):
         s, t = scale(call)
         by_row = call(torch.reshape, s, [-1, *[1] * dims]) if isinstance(s, fx.Node) else s
         scaled = call(torch.mul, weight, by_row)
@@ -186,11 +196,12 @@ def _fold(context: Context, node: fx.Node, product: fx.Node, scale: Scale) -> No
     context.graph.erase_node(node)
 
 
-def _place(node: fx.Node, product: fx.Node) -> fx.Node:
-    """Before what the scaled weight and bias may be computed: the first call where they come from inputs alone, so that nothing
-    stands between products that follow one another."""
-    sources = {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
-    if all(source.op == "placeholder" for source in sources):
-        first: fx.Node = next(each for each in node.graph.nodes if each.op != "placeholder")
-        return first
-    return product
+def _hoist(graph: fx.Graph, sources: set[fx.Node]) -> fx.Node:
+    """Move what ``sources``, all constant, are computed by to the front, so that nothing stands between products that follow one
+    another. The node that is then the first behind it."""
+    wanted = {each for source in sources for each in ancestors(source) if each.op != "placeholder"}
+    first: fx.Node = next(each for each in graph.nodes if each.op != "placeholder" and each not in wanted)
+    for each in list(graph.nodes):
+        if each in wanted:
+            first.prepend(each)
+    return first
