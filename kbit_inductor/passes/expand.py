@@ -7,7 +7,9 @@ costs no second trace and keeps its gradient and autocast regions.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,8 +98,19 @@ def _trace_call(node: fx.Node) -> fx.GraphModule:
     wanted = (_outputs(node) or [])[0]
     inputs = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     autocast = wanted.dtype in (torch.bfloat16, torch.float16) and wanted.dtype not in inputs
-    with torch.autocast(wanted.device.type, wanted.dtype if autocast else None, enabled=autocast):
+    with torch.autocast(wanted.device.type, wanted.dtype if autocast else None, enabled=autocast), _without_onednn():
         return trace(call, values)
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Without oneDNN's LSTM, which is one operator, an LSTM is traced as its products."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:

@@ -23,9 +23,11 @@ from kbit_inductor.passes.products import match_products
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.select import select_early
 from kbit_inductor.passes.values import infer_values
+from kbit_inductor.passes.written_out import write_out
 
 
 def _fold(gm: fx.GraphModule, context: Context) -> None:
+    write_out(gm, context)
     widen_adapters(context)
     fold(gm, context)
 
