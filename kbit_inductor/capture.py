@@ -271,10 +271,16 @@ def _named_weights(graph: fx.Graph, inputs: Sequence[Any]) -> Iterator[tuple[int
         value = node.meta.get(VALUE)
         if not isinstance(value, Tensor) or value.dim() < 2 or not (value.is_floating_point() or value.is_complex()):
             continue
-        source = source_name(node) or node.name
-        path = member_path(source)
-        if path or isinstance(real, nn.Parameter):
-            yield argument, node, ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source
+        name, is_member = layer_name(node)
+        if is_member or isinstance(real, nn.Parameter):
+            yield argument, node, name
+
+
+def layer_name(node: fx.Node) -> tuple[str, bool]:
+    """The layer of the placeholder ``node``, with its own name where that is not ``weight``, and whether it is a module's."""
+    source = source_name(node) or node.name
+    path = member_path(source)
+    return ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source, bool(path)
 
 
 def begin(graph: fx.Graph, weights: list[GraphWeight], config: Config) -> Context:

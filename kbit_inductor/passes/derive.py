@@ -13,10 +13,13 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload, mark_static_input, storage_id, trace
-from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligible
+from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligible, layer_name
+from kbit_inductor.config import LayerConfig
 from kbit_inductor.derivation import Derivation
+from kbit_inductor.given_grid import GivenGrid
 from kbit_inductor.passes.patterns import is_constant
 from kbit_inductor.passes.products import LINEARS, rule_of
+from kbit_inductor.passes.scheme import grid_of
 from kbit_inductor.views import Strides, WeightView
 
 SPELLED = (
@@ -110,7 +113,8 @@ def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.No
     """An input in the place of ``node``, known as a weight; None when it cannot be computed apart, or stays in float anyway."""
     value, sources = node.meta.get(VALUE), set(constants[node])
     weights = [weight for weight in context.weights if weight.node in sources and weight.derivation is None]
-    owner = max(weights, key=lambda weight: weight.value.numel(), default=None)
+    grid = grid_of(node)
+    owner = max(weights, key=lambda weight: weight.value.numel(), default=None) if grid is None else _on_grid(context, node, grid)
     if owner is None or owner.config is None or not isinstance(value, Tensor) or value.dim() < 2 or not is_constant(node):
         return None
     if not value.is_floating_point() or ineligible(value, context.config):
@@ -120,13 +124,26 @@ def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.No
     if graph is None:
         return None
     positions = {placeholder: i for i, placeholder in enumerate(context.graph.find_nodes(op="placeholder"))}
-    derivation = Derivation(tuple(positions[source] for source in ordered), graph)
+    derivation = Derivation(tuple(positions[source] for source in ordered), graph, grid)
     placeholder = _placeholder(context, value)
     fake = placeholder.meta[VALUE]
     weight = GraphWeight(placeholder, owner.argument, owner.name, owner.config, derivation=derivation, computed=node)
     context.weights.append(weight)
     context.memories[storage_id(fake)] = Memory(weight, WeightView(), Strides.of(fake), fake)
     return placeholder
+
+
+def _on_grid(context: Context, node: fx.Node, grid: GivenGrid) -> GraphWeight | None:
+    """What ``node`` puts on ``grid``, as a weight of as many bits: the codes of a dequantized one are no float parameter."""
+    codes: Any = node.args[0]
+    if codes.op != "placeholder":
+        return None
+    name, _ = layer_name(codes)
+    layer = context.config.for_layer(name)
+    if layer is None:
+        return None
+    config = LayerConfig(grid.bits, grid.group_size, quantizer="rtn", activation_bits=layer.activation_bits)
+    return GraphWeight(codes, context.graph.find_nodes(op="placeholder").index(codes), name, config)
 
 
 def _recipe(node: fx.Node, sources: list[fx.Node], constants: dict[fx.Node, list[fx.Node]]) -> fx.GraphModule | None:
