@@ -243,8 +243,10 @@ class Context:
 
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the graph's values belong to."""
-        values = (node.meta.get(VALUE) for node in self.graph.find_nodes(op="placeholder"))
-        return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), FakeTensorMode())
+        for node in self.graph.find_nodes(op="placeholder"):
+            if isinstance(value := node.meta.get(VALUE), FakeTensor):
+                return value.fake_mode
+        return FakeTensorMode()
 
 
 def tensors_of(node: fx.Node) -> list[Tensor]:
