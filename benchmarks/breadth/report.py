@@ -12,8 +12,9 @@ VISION = "vision"
 TARGETS = {True: 0.95, False: 0.99}  # of vision, and of the others
 HEADER = """# Architectures
 
-Tiny random models of transformers' architectures, compiled with kbit and compared with themselves in eager on the weights that the
-packed ones stand for. Written by `python benchmarks/breadth/run.py`; all of it is from `benchmarks/results/breadth.json`.
+Tiny random models of transformers' architectures, and layers of torch.nn, compiled with kbit and compared with themselves in eager
+on the weights that the packed ones stand for. Written by `python benchmarks/breadth/run.py`; all of it is from
+`benchmarks/results/breadth.json`.
 
 ```python
 import torch
@@ -85,7 +86,7 @@ def _share(found: dict[str, Any]) -> float:
 
 
 def _summary(rows: dict[str, Any]) -> Iterator[str]:
-    for vision, title in ((False, "text, audio and several kinds at once"), (True, "vision")):
+    for vision, title in ((False, "text, audio, several kinds at once and layers"), (True, "vision")):
         chosen = [row for row in rows.values() if (row["kind"] == VISION) == vision]
         runs = [run for row in chosen for run in row["runs"].values()]
         shares = [_share(row["runs"]["4 bits"]) for row in chosen if "failed" not in row["runs"].get("4 bits", {"failed": ""})]
