@@ -83,7 +83,7 @@ class Slot:
     def pack(self, arguments: Sequence[Any]) -> PackedWeight:
         """Its weight among ``arguments``, packed anew."""
         matrix, grid = self.matrix(arguments), None if self.derivation is None else self.derivation.grid
-        given = grid and grid.pack(matrix, arguments, self.form.config, self.name, self.form.layout)
+        given = None if grid is None else grid.pack(matrix, arguments, self.form.config, self.name, self.form.layout)
         if given is not None:
             return given
         statistics = self._statistics(arguments[self.argument])

@@ -21,9 +21,11 @@ def widen_adapters(context: Context) -> None:
     for node in context.graph.nodes:
         for weight in _adapter(context, node):
             located = context.locate(weight)
-            if located is None or located[0].config is None or context.config.pinned_bits(located[0].name) is not None:
+            if located is None or context.config.pinned_bits(located[0].name) is not None:
                 continue
             old = located[0]
+            if old.config is None:
+                continue
             new = dataclasses.replace(old, config=dataclasses.replace(old.config, bits=MAX_BITS))
             context.weights[context.weights.index(old)] = new
             for storage, memory in context.memories.items():

@@ -105,12 +105,13 @@ def _trace_call(node: fx.Node) -> fx.GraphModule:
 @contextlib.contextmanager
 def _without_onednn() -> Iterator[None]:
     """Without oneDNN's LSTM, which is one operator, an LSTM is traced as its products."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    backend.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        backend.enabled = before
 
 
 def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:

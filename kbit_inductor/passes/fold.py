@@ -78,7 +78,7 @@ def _weight_of(context: Context, product: fx.Node, constants: dict[fx.Node, Any]
 
 def _sources(node: fx.Node, product: fx.Node) -> set[fx.Node]:
     """What ``node`` and ``product`` read, but for x and the product itself."""
-    return {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}  # type: ignore[arg-type]
+    return {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
 
 
 def _are_fixed(sources: set[fx.Node], constants: dict[fx.Node, Any]) -> bool:
@@ -109,23 +109,24 @@ def _scale(node: fx.Node, product: fx.Node, constants: dict[fx.Node, Any]) -> Sc
         return _batch_norm(node, product, constants)
     if len(node.args) != 2 or node.kwargs:
         return None
-    first, second = node.args
+    first: Any = node.args[0]
+    second: Any = node.args[1]
     factor = second if first is product else first
     if node.target in DIVIDE:
         return _number(node, 1 / second if first is product and _is_number(second) else None)
     if isinstance(factor, fx.Node):
         by_row = factor in constants and _is_by_row(value_of(factor), product)
         return (lambda call: (call(torch.flatten, factor), None)) if by_row else None
-    return _number(node, factor if _is_number(factor) else None)
+    return _number(node, factor)
 
 
 def _is_number(given: Any) -> bool:
     return isinstance(given, (int, float)) and not isinstance(given, bool) and given != 0 and math.isfinite(given)
 
 
-def _number(node: fx.Node, factor: float | None) -> Scale | None:
+def _number(node: fx.Node, factor: Any) -> Scale | None:
     """A scale by ``factor``, if what reads ``node`` is a sum, which can then become part of the product."""
-    if factor is None or len(node.users) != 1 or next(iter(node.users)).target not in ADD:
+    if not _is_number(factor) or len(node.users) != 1 or next(iter(node.users)).target not in ADD:
         return None
     return lambda call: (factor, None)
 

@@ -86,7 +86,8 @@ class Rewriter:
         """The rows ``indices`` of the matrix that lies at ``window`` in the memory of node ``table``, as ``dtype``."""
         weight, view, memory, _ = located(self.context, table)
         marked = self.call(packed_embedding, indices, weight.node, dtype)
-        self.context.uses.append(Use("embedding", weight, view.then(memory, window), *window.size, marked))
+        rows, columns = window.size
+        self.context.uses.append(Use("embedding", weight, view.then(memory, window), rows, columns, marked))
         return marked
 
     def size(self, node: fx.Node, dim: int) -> Any:

@@ -31,11 +31,11 @@ def grid_of(node: fx.Node) -> GivenGrid | None:
     scale, zero, axis, low, high, group = (None if place is None else node.args[place] for place in places)
     if (axis or 0) != 0 or not isinstance(low, int) or not isinstance(high, int) or not 0 < high - low < 2**MAX_BITS:
         return None
-    told = [_number(each, node) for each in (scale, 0 if zero is None else zero)]
-    if any(each is None for each in told) or not (group is None or (isinstance(group, int) and group > 0)):
+    step, middle = _number(scale, node), _number(0 if zero is None else zero, node)
+    group = -1 if group is None else group
+    if step is None or middle is None or not isinstance(group, int) or (group < 1 and group != -1):
         return None
-    (step, step_is_input), (middle, middle_is_input) = told  # type: ignore[misc]
-    return GivenGrid(step, middle, step_is_input, middle_is_input, low, high, -1 if group is None else group)  # type: ignore[arg-type]
+    return GivenGrid(step[0], middle[0], step[1], middle[1], low, high, group)
 
 
 def _name(node: fx.Node) -> str:

@@ -23,8 +23,9 @@ def write_out(gm: fx.GraphModule, context: Context) -> None:
             continue
         if not any(context.weight_of(operand) is not None for operand in node.all_input_nodes):
             continue
+        proxies: Any = {operand: fx.Proxy(operand, tracer) for operand in node.all_input_nodes}
         with context.graph.inserting_before(node):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: fx.Proxy(operand, tracer))
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), proxies.__getitem__)
             result: Any = encoder_layer(*args, **kwargs)
         node.replace_all_uses_with(result.node)
         context.graph.erase_node(node)
