@@ -48,7 +48,7 @@ def test_the_table_is_packed(name: str, dynamic: bool) -> None:
     (graph,) = rewrite(model, *inputs, config=OPTIONS, dynamic=dynamic)
     assert graph.operators["kbit.embedding_cpu.default"] == 1 and "embedding_bag" not in graph.operators
     kept = backend.kept_arguments(graph.context, len(graph.inputs))
-    (actual,) = backend.bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
+    (actual,) = backend.Bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
     expected = dequantized_copy(model)(*inputs)
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert relative_error(actual, expected) <= 12 * 2.0**-23  # sums of at most twelve terms, in float32
@@ -73,6 +73,6 @@ def test_bags_of_half_precision_are_summed_in_float32() -> None:
     model = Bag(mode="sum").bfloat16()
     (graph,) = rewrite(model, LIST.view(1, 12), config=OPTIONS)
     kept = backend.kept_arguments(graph.context, len(graph.inputs))
-    (actual,) = backend.bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
+    (actual,) = backend.Bound(graph.graph.forward, kept, tuple(graph.context.slots))(*graph.inputs)
     exact = graph.context.slots[0].pack(graph.inputs).dequantize()[LIST].sum(0, keepdim=True)
     assert torch.equal(actual, exact.bfloat16())  # rounded once

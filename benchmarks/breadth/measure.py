@@ -66,7 +66,7 @@ class Recorder:
             return backend.kbit(gm, inputs, options=self.config)
         call: Callable[..., Any] = rewritten.forward
         if context.slots:
-            call = backend.bound(call, backend.kept_arguments(context, len(inputs)), tuple(context.slots))
+            call = backend.Bound(call, backend.kept_arguments(context, len(inputs)), tuple(context.slots))
         return lambda *arguments: self._counted(gm.forward, call, arguments)
 
     def _counted(self, before: Callable[..., Any], after: Callable[..., Any], arguments: Sequence[Any]) -> Any:
