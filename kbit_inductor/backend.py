@@ -164,7 +164,7 @@ def _log_matches(context: Context, inputs: Sequence[Any]) -> None:
     for use, choice in context.choices:
         kernel_log.debug("%s: %s, %d x %d, kernel %s", use.weight.name, use.family, use.rows, use.columns, choice.kernel.name)
     for name, reasons in context.reasons.items():
-        log.info("%s stays in float: %s", name, "; ".join(reasons))
+        log.info("%s: %s", name, "; ".join(reasons))
     _log_fallbacks(context)
     for reason in dict.fromkeys(slot.lacks(inputs[slot.argument]) for slot in context.slots):
         if reason is not None:

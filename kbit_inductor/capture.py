@@ -223,6 +223,15 @@ class Context:
         selection = self._selection(node.meta.get(VALUE)) if isinstance(node, fx.Node) else None
         return None if selection is None else selection.weight
 
+    def spared(self) -> set[fx.Node]:
+        """The nodes that nothing reads but what computes a weight that has become an input: no call needs them any more."""
+        computed = {weight.computed for weight in self.weights if weight.computed is not None}
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if (node.users or node in computed) and all(user in found for user in node.users):
+                found.add(node)
+        return found
+
     def is_inside_transform(self, node: fx.Node) -> bool:
         """Whether ``node`` computes inside ``vmap`` or another torch.func transform, and if so, note it for its weights."""
         if not any(is_transformed(tensor) for each in (node, *node.all_input_nodes) for tensor in tensors_of(each)):
@@ -234,8 +243,10 @@ class Context:
 
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode that the graph's values belong to."""
-        values = (node.meta.get(VALUE) for node in self.graph.find_nodes(op="placeholder"))
-        return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), FakeTensorMode())
+        for node in self.graph.find_nodes(op="placeholder"):
+            if isinstance(value := node.meta.get(VALUE), FakeTensor):
+                return value.fake_mode
+        return FakeTensorMode()
 
 
 def tensors_of(node: fx.Node) -> list[Tensor]:
@@ -262,10 +273,16 @@ def _named_weights(graph: fx.Graph, inputs: Sequence[Any]) -> Iterator[tuple[int
         value = node.meta.get(VALUE)
         if not isinstance(value, Tensor) or value.dim() < 2 or not (value.is_floating_point() or value.is_complex()):
             continue
-        source = source_name(node) or node.name
-        path = member_path(source)
-        if path or isinstance(real, nn.Parameter):
-            yield argument, node, ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source
+        name, is_member = layer_name(node)
+        if is_member or isinstance(real, nn.Parameter):
+            yield argument, node, name
+
+
+def layer_name(node: fx.Node) -> tuple[str, bool]:
+    """The layer of the placeholder ``node``, with its own name where that is not ``weight``, and whether it is a module's."""
+    source = source_name(node) or node.name
+    path = member_path(source)
+    return ".".join(path[:-1] if path[-1:] == ["weight"] and len(path) > 1 else path) or source, bool(path)
 
 
 def begin(graph: fx.Graph, weights: list[GraphWeight], config: Config) -> Context:

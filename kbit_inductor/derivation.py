@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from kbit_inductor._compat import no_modes
+from kbit_inductor.given_grid import GivenGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +25,17 @@ class Derivation:
     Attributes:
         sources: their positions among the inputs of the captured graph; the first is the one that the weight is named after.
         graph: a function of their values to the weight's, of ATen operators that write to nothing and draw nothing.
+        grid: that its values lie on, where the graph says so.
     """
 
     sources: tuple[int, ...]
     graph: fx.GraphModule
+    grid: GivenGrid | None = None
 
     @cached_property
     def key(self) -> str:
         """The same for graphs that compute the same."""
-        return hashlib.sha256(self.graph.code.encode()).hexdigest()
+        return hashlib.sha256(f"{self.graph.code} {self.grid}".encode()).hexdigest()
 
     def compute(self, arguments: Sequence[Any]) -> Tensor:
         """The weight, for the parameters among ``arguments`` as they are now."""

@@ -82,8 +82,12 @@ class Slot:
 
     def pack(self, arguments: Sequence[Any]) -> PackedWeight:
         """Its weight among ``arguments``, packed anew."""
+        matrix, grid = self.matrix(arguments), None if self.derivation is None else self.derivation.grid
+        given = None if grid is None else grid.pack(matrix, arguments, self.form.config, self.name, self.form.layout)
+        if given is not None:
+            return given
         statistics = self._statistics(arguments[self.argument])
-        return pack(self.matrix(arguments), self.form.config, self.name, self.form.layout, statistics)
+        return pack(matrix, self.form.config, self.name, self.form.layout, statistics)
 
     def lacks(self, weight: Tensor) -> str | None:
         """What the quantizer is made for and has to do without, or None when it has all that it needs."""

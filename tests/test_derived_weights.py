@@ -33,6 +33,8 @@ FUNCTIONS = {
     "a scale for each row": lambda w, s: w * s,
     "softmax": lambda w, s: w.softmax(0),
     "a part of it": lambda w, s: (w * s)[8:],
+    "a product of low rank": lambda w, s: w + s @ w[:1],
+    "a product that gives a vector": lambda w, s: w / (w @ w[0]).norm(),
     "a cast before": lambda w, s: (w.to(torch.bfloat16) * s.to(torch.bfloat16)).float(),
 }
 
@@ -59,6 +61,13 @@ def test_weight_norm_is_packed(layer: nn.Module, dim: int, shape: tuple[int, ...
     norm, direction = sorted(reports, key=lambda report: report.name)
     assert direction.matched and not norm.matched
     assert norm.reasons == (f"packed as part of {direction.name}",)
+
+
+def test_spectral_norm_is_packed() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(K, N))).eval()
+    assert_equivalent(model, torch.randn(3, K), {"bits": 4}, through_inductor=False)
+    (graph,) = rewrite(model, torch.randn(3, K))
+    assert set(graph.operators) <= {"kbit.fused_linear_cpu.default"}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Batch norms and LayerScale behind a product become part of its weight, which is packed again when they change."""
+"""What scales the rows of a product becomes part of its weight, which is packed again when that changes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class LateScale(LayerScale):
+    """A scale that is given its shape behind the product, as PoolFormer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma.unsqueeze(-1).unsqueeze(-1) * x
+
+
 class Times(nn.Module):
     def __init__(self, function) -> None:
         super().__init__()
@@ -55,6 +62,7 @@ FOLDED = {
     "3-d": ([conv(3), with_statistics(nn.BatchNorm3d(6))], (1, 4, 4, 4, 4)),
     "no rows": ([nn.Linear(24, 16), with_statistics(nn.BatchNorm1d(16))], (0, 24)),
     "layer scale": ([nn.Linear(24, 16), LayerScale(16)], (2, 3, 24)),
+    "layer scale that is shaped late": ([nn.ReLU(), conv(2), LateScale(6)], (2, 4, 5, 5)),
     "layer scale of channels": ([conv(2), LayerScale(6, 1, 1)], (2, 4, 5, 5)),
 }  # fmt: skip
 
@@ -113,10 +121,59 @@ def test_an_activation_behind_the_norm_becomes_part_of_the_product() -> None:
     assert graph.fusions["activation"] == 1 and "relu" not in graph.operators
 
 
-def test_not_while_training_or_where_floats_are_released() -> None:
+NUMBERS = {
+    "a factor": lambda y, x: x + y * 0.2,
+    "a divisor": lambda y, x: y / 3 + x,
+    "a whole number": lambda y, x: 2 * y + x,
+}
+
+
+class Scaled(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.fc, self.function = nn.Linear(48, 48), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.fc(x), x)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_folded_where_a_sum_follows_it(name: str) -> None:
+    model, x = Scaled(NUMBERS[name]), torch.randn(3, 48)
+    (graph,) = rewrite(model, x, config=OPTIONS)
+    assert graph.fusions == {"folded": 1, "residual": 1}
+    assert graph.operators == {"kbit.fused_linear_cpu.default": 1, "mul": 1}  # of the bias
+    assert_equivalent(model, x, OPTIONS, through_inductor=False)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda y, x: x + y * float("inf"), lambda y, x: x + y * 0, lambda y, x: x + y * True, lambda y, x: x + 3 / y],
+    ids=["infinite", "zero", "a truth value", "a dividend"],
+)
+def test_numbers_that_no_weight_can_take_are_left(function) -> None:
+    assert not rewrite(Scaled(function), torch.randn(3, 48), config=OPTIONS)[0].fusions["folded"]
+
+
+def test_a_softcap_is_explained() -> None:
+    model, x = Scaled(lambda y, x: torch.tanh(y / 30) * 30), torch.randn(3, 48)
+    (graph,) = rewrite(model, x, config=OPTIONS)
+    assert not graph.fusions and graph.operators == {"kbit.fused_linear_cpu.default": 1, "truediv": 1, "tanh": 1, "mul": 1}
+    assert "softcap" in graph.context.reasons["fc"][0]
+
+
+def test_a_fold_that_is_not_done_is_explained(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model, x = Norm(), torch.randn(3, 64)
-    assert not rewrite(model.train(), x, config=OPTIONS)[0].fusions["folded"]
-    assert not rewrite(model.eval(), x, config={**OPTIONS, "release_weights": True})[0].fusions["folded"]
+    (training,) = rewrite(model.train(), x, config=OPTIONS)
+    assert not training.fusions["folded"] and not training.context.reasons  # statistics of the batch: nothing to fold
+    (released,) = kbit.explain(model.eval(), x, config={**OPTIONS, "release_weights": True}).layers
+    assert released.matched and "not scaled by what follows, batch_norm: release_weights=True frees" in released.reasons[0]
+    (half,) = kbit.explain(Norm().eval().half(), x.half(), config=OPTIONS).layers
+    assert "float16" in half.reasons[0]
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, mode: gm.forward)
+    with torch.enable_grad(), caplog.at_level("INFO", "kbit_inductor.capture"):
+        torch.compile(model, backend="kbit", options=OPTIONS)(x)
+    assert "fc: not scaled by what follows, batch_norm: it would get no gradient; call under torch.no_grad()" in caplog.text
 
 
 def test_a_scale_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,4 +209,5 @@ def test_a_shared_product_or_weight_keeps_its_scale() -> None:
     model, x = Shared().eval(), torch.randn(3, 64)
     (graph,) = rewrite(model, x, config=OPTIONS)
     assert not graph.fusions["folded"] and len(graph.context.slots) == 1
-    assert kbit.explain(model, x).layers[0].matched
+    (report,) = kbit.explain(model, x).layers
+    assert report.matched and report.reasons == ("not scaled by what follows, mul: other nodes use the weight as it is",)

@@ -29,7 +29,7 @@ def test_the_built_in_passes_are_in_the_order_in_which_they_are_written():
     assert registry.passes() == pipeline.BUILT_IN
 
 
-@given(order=st.permutations(range(9)))
+@given(order=st.permutations(range(10)))
 def test_the_order_depends_on_constraints_and_names_alone(order):
     extra = [
         make_pass(nothing, name="zeta", tier="bitwise", before="pack"),
@@ -38,7 +38,7 @@ def test_the_order_depends_on_constraints_and_names_alone(order):
     ]
     every = [*pipeline.BUILT_IN, *extra]
     names = [each.name for each in ordered([every[i] for i in order])]
-    assert names == ["fold", "expand", "alpha", "zeta", "pack", "fuse", "chain", "cleanup", "late"]
+    assert names == ["select", "fold", "expand", "alpha", "zeta", "pack", "fuse", "chain", "cleanup", "late"]
 
 
 def test_a_circle_is_an_error_that_names_it():

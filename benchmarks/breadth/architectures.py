@@ -79,6 +79,18 @@ class Architecture:
         return _with_noise(model), self.inputs()
 
 
+@dataclass(frozen=True)
+class Layers(Architecture):
+    """One row of layers of torch.nn, which ``make`` makes."""
+
+    make: Callable[[], nn.Module] = nn.Identity
+
+    def build(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The layers in ``eval`` and their inputs, the same at every call."""
+        torch.manual_seed(0)
+        return _with_noise(self.make().eval()), self.inputs()
+
+
 def configuration(name: str, more: Mapping[str, Any]) -> Any:
     """The configuration of the model type ``name`` with ``more``, and with :data:`SIZES` where it has such a number.
 

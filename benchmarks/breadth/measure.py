@@ -66,7 +66,7 @@ class Recorder:
             return backend.kbit(gm, inputs, options=self.config)
         call: Callable[..., Any] = rewritten.forward
         if context.slots:
-            call = backend.bound(call, backend.kept_arguments(context, len(inputs)), tuple(context.slots))
+            call = backend.Bound(call, backend.kept_arguments(context, len(inputs)), tuple(context.slots))
         return lambda *arguments: self._counted(gm.forward, call, arguments)
 
     def _counted(self, before: Callable[..., Any], after: Callable[..., Any], arguments: Sequence[Any]) -> Any:
@@ -88,9 +88,9 @@ class Recorder:
 
     @property
     def bound(self) -> float:
-        """A sum of K terms in another order differs by at most K unit roundoffs, and what one product is off passes through the
-        next, of which there are at most as many as are packed."""
-        return len(self.terms) * max(self.terms, default=0) * UNIT_ROUNDOFF
+        """A sum of K terms in another order differs by at most K unit roundoffs, and what one product is off passes through those
+        after it."""
+        return sum(self.terms) * UNIT_ROUNDOFF
 
     def unmatched(self) -> list[dict[str, Any]]:
         """Products that stay in float: operator, weights, multiply–adds and why."""

@@ -12,8 +12,9 @@ VISION = "vision"
 TARGETS = {True: 0.95, False: 0.99}  # of vision, and of the others
 HEADER = """# Architectures
 
-Tiny random models of transformers' architectures, compiled with kbit and compared with themselves in eager on the weights that the
-packed ones stand for. Written by `python benchmarks/breadth/run.py`; all of it is from `benchmarks/results/breadth.json`.
+Tiny random models of transformers' architectures, and layers of torch.nn, compiled with kbit and compared with themselves in eager
+on the weights that the packed ones stand for. Written by `python benchmarks/breadth/run.py`; all of it is from
+`benchmarks/results/breadth.json`.
 
 ```python
 import torch
@@ -31,7 +32,7 @@ NOTES = """
 * matched: multiply–adds of products with a side that comes from parameters alone, as torch counts them at each operator of a
   call, before the passes and after. Products that Dynamo does not capture count as not matched.
 * error: the largest relative error of an output, `‖a − e‖ / ‖e‖`. Activations stay in float32, so nothing but the order of sums
-  differs. The bound is K unit roundoffs for each packed product, K the most terms of any.
+  differs. The bound is a unit roundoff for each term of a packed product, all products together.
 * moved: how far 4 bits move the output of a model of random weights; it has to be above the bound, or the two would not be told
   apart.
 * breaks: graph breaks beyond those that the model has with a backend that does nothing. recompiled: graphs made in a second call,
@@ -85,7 +86,7 @@ def _share(found: dict[str, Any]) -> float:
 
 
 def _summary(rows: dict[str, Any]) -> Iterator[str]:
-    for vision, title in ((False, "text, audio and several kinds at once"), (True, "vision")):
+    for vision, title in ((False, "text, audio, several kinds at once and layers"), (True, "vision")):
         chosen = [row for row in rows.values() if (row["kind"] == VISION) == vision]
         runs = [run for row in chosen for run in row["runs"].values()]
         shares = [_share(row["runs"]["4 bits"]) for row in chosen if "failed" not in row["runs"].get("4 bits", {"failed": ""})]

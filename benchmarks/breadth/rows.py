@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from breadth.architectures import Architecture, both, decoding, pixels, sequences, text, video, wave
+import torch
+from breadth.architectures import BATCH, TOKENS, Architecture, Layers, both, decoding, pixels, sequences, text, video, wave
+from torch import nn
 
 CAUSAL, BACKBONE = "AutoModelForCausalLM", "AutoBackbone"
 FOUR: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 24, 32, 48]}
@@ -72,9 +74,9 @@ IMAGES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         "convnext": LEFT, "convnextv2": LEFT, "dinov3_convnext": LEFT, "poolformer": FOUR, "regnet": {**FOUR, "groups_width": 8},
         "resnet": {**FOUR, "embedding_size": 16}, "bit": {**FOUR, "embedding_size": 16, "num_groups": 8},
         "hgnet_v2": STAGES, "textnet": {},
-        "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
+        "efficientnet": {"initializer_range": 0.3, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
         "mobilenet_v1": SMALL_CONV, "mobilenet_v2": SMALL_CONV, "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1]},
-        "mobilevit": {"hidden_sizes": [32, 32, 32], "neck_hidden_sizes": [8, 16, 16, 16, 16, 16, 32]},
+        "mobilevit": {"initializer_range": 0.3, "hidden_sizes": [32, 32, 32], "neck_hidden_sizes": [8, 16, 16, 16, 16, 16, 32]},
         "cvt": {"embed_dim": [16, 32, 48], "depth": [1, 2, 3], "num_heads": [1, 2, 3]},
         "pvt": {**FOUR, "num_attention_heads": [1, 1, 2, 4], "sequence_reduction_ratios": [4, 2, 1, 1]},
         "pvt_v2": {**FOUR, "num_attention_heads": [1, 1, 2, 4]}, "segformer": {**FOUR, "num_attention_heads": [1, 1, 2, 4]},
@@ -94,8 +96,16 @@ IMAGES |= {
 }  # fmt: skip
 MULTIMODAL: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
     **dict.fromkeys(("clip", "siglip", "owlvit", "groupvit", "aimv2"), (TOWERS, both)),
-    "vilt": ({}, both), "git": ({"vision_config": {}}, both),
+    "vilt": ({}, both), "git": ({"vision_config": {}}, lambda: {**both(), "use_cache": False}),
 }  # fmt: skip
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
+    "nn.Transformer": (
+        lambda: nn.Transformer(64, 4, 2, 2, 96, batch_first=True),
+        lambda: {"src": torch.randn(BATCH, TOKENS, 64), "tgt": torch.randn(BATCH, 7, 64)},
+    ),
+    "nn.LSTMCell": (lambda: nn.LSTMCell(64, 96), lambda: {"input": torch.randn(BATCH, 64)}),
+    "nn.GRUCell": (lambda: nn.GRUCell(64, 96), lambda: {"input": torch.randn(BATCH, 64)}),
+}
 
 
 def architectures() -> list[Architecture]:
@@ -107,4 +117,5 @@ def architectures() -> list[Architecture]:
     rows += [Architecture(name, "encoder–decoder", config, sequences) for name, config in PAIRS.items()]
     for kind, table in (("audio", SOUND), ("multimodal", MULTIMODAL), ("vision", IMAGES)):
         rows += [Architecture(name, kind, config, inputs) for name, (config, inputs) in table.items()]
+    rows += [Layers(name, "layers", inputs=inputs, make=make) for name, (make, inputs) in LAYERS.items()]
     return rows

@@ -8,7 +8,7 @@ from torch import fx
 
 from kbit_inductor._compat import no_modes
 from kbit_inductor.capture import Context, GraphWeight
-from kbit_inductor.passes.derive import COMPUTED
+from kbit_inductor.passes.derive import COMPUTED, ancestors
 from kbit_inductor.views import Strides, covers
 
 
@@ -47,19 +47,8 @@ def _drop_derived(context: Context) -> set[fx.Node]:
                 weight.node.replace_all_uses_with(weight.computed)
                 context.explain(weight, COMPUTED)
             context.graph.erase_node(weight.node)
-            replaced |= _ancestors(weight.computed)
+            replaced |= ancestors(weight.computed)
     return replaced
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """``node`` and all that it is computed from."""
-    found, waiting = set(), [node]
-    while waiting:
-        each = waiting.pop()
-        if each not in found:
-            found.add(each)
-            waiting.extend(each.all_input_nodes)
-    return found
 
 
 def _explain_sources(context: Context) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from kbit_inductor.capture import VALUE
 from kbit_inductor.passes.rewriter import Batch, Rewriter, packed_batched_linear
 from kbit_inductor.views import contiguous
 
@@ -77,7 +76,7 @@ def _columns(
 def _grouped(rewriter: Rewriter, columns: fx.Node, batch: Batch, bias: Any, dims: int) -> fx.Node:
     """The product of each group of channels with a matrix of its own."""
     groups = batch.window.size[0]
-    around = [_size(rewriter, columns, dim) for dim in range(1 + dims)]
+    around = [rewriter.size(columns, dim) for dim in range(1 + dims)]
     apart = rewriter.call(aten.unflatten.int, columns, 1 + dims, [groups, -1])
     first = rewriter.call(aten.movedim.int, apart, 1 + dims, 0)
     rows = rewriter.call(aten.flatten.using_ints, rewriter.call(aten.flatten.using_ints, first, 1, 1 + dims), 2)
@@ -86,11 +85,6 @@ def _grouped(rewriter: Rewriter, columns: fx.Node, batch: Batch, bias: Any, dims
     if bias is not None:
         together = rewriter.call(aten.add.Tensor, together, bias)
     return _channels_second(rewriter, rewriter.call(aten.view.default, together, [*around, -1]), dims)
-
-
-def _size(rewriter: Rewriter, node: fx.Node, dim: int) -> Any:
-    size = node.meta[VALUE].shape[dim]
-    return size if isinstance(size, int) else rewriter.call(aten.sym_size.int, node, dim)
 
 
 def _channels_second(rewriter: Rewriter, product: fx.Node, dims: int) -> fx.Node:

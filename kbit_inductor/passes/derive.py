@@ -5,6 +5,7 @@ It stays an input only until the product that takes it is packed; :mod:`kbit_ind
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload, mark_static_input, storage_id, trace
-from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligible
+from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligible, layer_name
+from kbit_inductor.config import LayerConfig
 from kbit_inductor.derivation import Derivation
+from kbit_inductor.given_grid import GivenGrid
 from kbit_inductor.passes.patterns import is_constant
 from kbit_inductor.passes.products import LINEARS, rule_of
+from kbit_inductor.passes.scheme import grid_of
 from kbit_inductor.views import Strides, WeightView
 
 SPELLED = (
@@ -58,7 +62,8 @@ def explain_computed_weights(context: Context) -> None:
 def constant_nodes(context: Context) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that read parameters alone, each with those that it comes from.
 
-    A product or look-up that will be packed is none: it is computed from what the packed weight stands for.
+    A product or look-up that will be packed is none: it is computed from what the packed weight stands for. A product of low rank,
+    ``B @ A``, or one that gives a vector, is one: to store what it gives takes less than to compute it.
     """
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in context.graph.nodes:
@@ -66,8 +71,19 @@ def constant_nodes(context: Context) -> dict[fx.Node, list[fx.Node]]:
         if node.op == "placeholder":
             if _is_parameter(node) and is_constant(node):
                 found[node] = [node]
-        elif operands and all(operand in found for operand in operands) and _only_computes(node):
+        elif operands and all(operand in found for operand in operands) and (_only_computes(node) or _is_low_rank(node)):
             found[node] = list(dict.fromkeys(source for operand in operands for source in found[operand]))
+    return found
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """``node`` and all that it is computed from."""
+    found, waiting = set(), [node]
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            waiting.extend(each.all_input_nodes)
     return found
 
 
@@ -83,11 +99,22 @@ def _only_computes(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and not _is_product(node)
 
 
+def _is_low_rank(node: fx.Node) -> bool:
+    """Whether ``node`` is a product with fewer terms than its result has rows or columns, or one that gives a vector."""
+    value, *sides = (each.meta.get(VALUE) for each in (node, *node.all_input_nodes))
+    matrices = [side for side in sides if isinstance(side, Tensor) and side.is_floating_point() and side.dim() in (1, 2)]
+    if not _is_product(node) or not isinstance(value, Tensor) or len(matrices) != len(sides) or len(sides) != 2:
+        return False
+    terms = math.isqrt(matrices[0].numel() * matrices[1].numel() // max(value.numel(), 1))
+    return value.dim() < 2 or (value.dim() == 2 and terms < min(value.shape))
+
+
 def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.Node]]) -> fx.Node | None:
     """An input in the place of ``node``, known as a weight; None when it cannot be computed apart, or stays in float anyway."""
     value, sources = node.meta.get(VALUE), set(constants[node])
     weights = [weight for weight in context.weights if weight.node in sources and weight.derivation is None]
-    owner = max(weights, key=lambda weight: weight.value.numel(), default=None)
+    grid = grid_of(node)
+    owner = max(weights, key=lambda weight: weight.value.numel(), default=None) if grid is None else _on_grid(context, node, grid)
     if owner is None or owner.config is None or not isinstance(value, Tensor) or value.dim() < 2 or not is_constant(node):
         return None
     if not value.is_floating_point() or ineligible(value, context.config):
@@ -97,7 +124,7 @@ def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.No
     if graph is None:
         return None
     positions = {placeholder: i for i, placeholder in enumerate(context.graph.find_nodes(op="placeholder"))}
-    derivation = Derivation(tuple(positions[source] for source in ordered), graph)
+    derivation = Derivation(tuple(positions[source] for source in ordered), graph, grid)
     placeholder = _placeholder(context, value)
     fake = placeholder.meta[VALUE]
     weight = GraphWeight(placeholder, owner.argument, owner.name, owner.config, derivation=derivation, computed=node)
@@ -106,8 +133,21 @@ def _derive(context: Context, node: fx.Node, constants: dict[fx.Node, list[fx.No
     return placeholder
 
 
+def _on_grid(context: Context, node: fx.Node, grid: GivenGrid) -> GraphWeight | None:
+    """What ``node`` puts on ``grid``, as a weight of as many bits: the codes of a dequantized one are no float parameter."""
+    codes: Any = node.args[0]
+    if codes.op != "placeholder":
+        return None
+    name, _ = layer_name(codes)
+    layer = context.config.for_layer(name)
+    if layer is None:
+        return None
+    config = LayerConfig(grid.bits, grid.group_size, quantizer="rtn", activation_bits=layer.activation_bits)
+    return GraphWeight(codes, context.graph.find_nodes(op="placeholder").index(codes), name, config)
+
+
 def _recipe(node: fx.Node, sources: list[fx.Node], constants: dict[fx.Node, list[fx.Node]]) -> fx.GraphModule | None:
-    """What computes ``node`` from ``sources``, if it only computes: no product, nothing written or drawn at random."""
+    """What computes ``node`` from ``sources``, if it only computes: nothing written or drawn at random."""
     steps = [step for step in node.graph.nodes if step in constants and step.op != "placeholder"]
     steps = steps[: steps.index(node) + 1]
 
@@ -138,7 +178,7 @@ def _is_pure(step: fx.Node) -> bool:
     target = step.target
     if not isinstance(target, OpOverload):
         return getattr(target, "__name__", "") == "getitem"
-    return rule_of(step) is None and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _placeholder(context: Context, value: Tensor) -> fx.Node:

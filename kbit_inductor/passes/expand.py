@@ -7,7 +7,9 @@ costs no second trace and keeps its gradient and autocast regions.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ VIEWS = (
 
 def expand_weight_calls(context: Context) -> None:
     """Replace every call that multiplies by a weight through a composite operator with the ATen nodes it consists of."""
+    spared = context.spared()
     for node in list(context.graph.nodes):
-        if node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
+        if node in spared or node.op not in ("call_function", "call_method") or node.target in (*LINEARS, *EMBEDDINGS):
             continue
         weights = [weight for operand in node.all_input_nodes if (weight := context.weight_of(operand)) is not None]
         if not weights or context.is_view(node) or context.is_inside_transform(node):
@@ -95,8 +98,20 @@ def _trace_call(node: fx.Node) -> fx.GraphModule:
     wanted = (_outputs(node) or [])[0]
     inputs = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     autocast = wanted.dtype in (torch.bfloat16, torch.float16) and wanted.dtype not in inputs
-    with torch.autocast(wanted.device.type, wanted.dtype if autocast else None, enabled=autocast):
+    with torch.autocast(wanted.device.type, wanted.dtype if autocast else None, enabled=autocast), _without_onednn():
         return trace(call, values)
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Without oneDNN's LSTM, which is one operator, an LSTM is traced as its products."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
 
 
 def _inline(context: Context, node: fx.Node, traced: fx.GraphModule) -> None:

@@ -1,13 +1,18 @@
-"""Fold what scales and shifts each row of a product into its weight and bias: batch norms and LayerScale.
+"""Fold what scales and shifts each row of a product into its weight and bias: batch norms, LayerScale, constant numbers.
 
 ``norm(x @ W.T + b) = x @ (s W).T + (s b + t)`` (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", section 3.2). ``s W`` is a weight that the graph computes from parameters, so
 :mod:`kbit_inductor.passes.derive` computes it when it is packed, and again when a source changes. What is left at a call is the sum
-of a bias, and activations or residual sums behind it can become part of the product.
+of a bias, and activations or residual sums behind it can become part of the product. A number is folded only where such a one
+follows, a residual sum (``x + linear(y) * 0.2``): a number alone is part of Inductor's next kernel anyway. So is a softcap,
+``tanh(y / c) * c``, which is explained: the tanh of the CPU's kernels is exact to 1e-7, whatever its size, and c magnifies that.
+
+What could be folded and is not, since the scale would get no gradient or the weight's floats would have to stay, is explained.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +20,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from kbit_inductor.capture import Context
-from kbit_inductor.passes.derive import constant_nodes
-from kbit_inductor.passes.patterns import MULTIPLY, value_of
+from kbit_inductor.capture import Context, GraphWeight
+from kbit_inductor.passes.derive import ancestors, constant_nodes
+from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, MULTIPLY, is_constant, value_of
 from kbit_inductor.passes.products import LINEARS
 from kbit_inductor.passes.values import infer_values
 
@@ -25,43 +30,77 @@ CONVOLUTIONS: dict[Any, int] = {
     torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3,
 }  # fmt: skip
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-Scale = Callable[[Any], tuple[Any, Any]]
-"""From the function that adds a call to the graph to the nodes of s and t, ``[N]``; t is None for none."""
+SOFTCAP = "the softcap that follows is one kernel of Inductor's: the tanh that products end with is not exact enough for it near 0"
+Call = Callable[..., fx.Node]
+"""Adds a call to the graph."""
+Scale = Callable[[Call], tuple[Any, Any]]
+"""To the nodes of s and t, ``[N]``; s may be a number, and t is None for none."""
 
 
 def fold(gm: fx.GraphModule, context: Context) -> None:
-    """Rewrite each product whose result only a batch norm or a constant vector reads; nothing with gradients, which the
-    scales would not get, nor where float weights are released, since the weight's floats would have to stay."""
-    if torch.is_grad_enabled() or context.config.release_weights:
-        return
+    """Rewrite each product whose result only a batch norm, a constant vector or a number reads, or say why not."""
+    constants = constant_nodes(context)
     for node in list(context.graph.nodes):
-        constants = constant_nodes(context) if _may_scale(node) else {}
-        for product in node.all_input_nodes if constants else ():
-            if _is_alone(context, product) and (scale := _scale(node, product, constants)) is not None:
-                _fold(context, node, product, scale)
-                context.fusions["folded"] += 1
-                infer_values(gm, context)
-                break
+        if node.target is not functional.batch_norm and node.target not in (*MULTIPLY, *DIVIDE):
+            continue
+        for product in node.all_input_nodes:
+            weight = _weight_of(context, product, constants)
+            if weight is not None and _is_softcap(node):
+                context.explain(weight, SOFTCAP)
+            scale = None if weight is None else _scale(node, product, constants)
+            if weight is None or scale is None or not _are_fixed(_sources(node, product), constants):
+                continue
+            if obstacle := _obstacle(context, weight):
+                context.explain(weight, f"not scaled by what follows, {_name(node)}: {obstacle}")
+                continue
+            _fold(context, node, product, scale)
+            context.fusions["folded"] += 1
+            infer_values(gm, context)
+            constants = constant_nodes(context)
+            break
 
 
-def _may_scale(node: fx.Node) -> bool:
-    return node.target is functional.batch_norm or node.target in MULTIPLY
-
-
-def _is_alone(context: Context, product: fx.Node) -> bool:
-    """Whether ``product`` multiplies by a weight that will be packed, used here only, in its own dtype, and has one reader."""
+def _weight_of(context: Context, product: fx.Node, constants: dict[fx.Node, Any]) -> GraphWeight | None:
+    """What ``product`` multiplies by, if that will be packed and is of the product's dtype, and one node reads the product."""
     if len(product.users) != 1 or product.op != "call_function" or len(product.args) < 2 or "weight" in product.kwargs:
-        return False
-    weight, value = product.args[1], value_of(product)
-    if not isinstance(weight, fx.Node) or weight.op != "placeholder" or len(weight.users) != 1 or value is None:
-        return False
-    located, matrix = context.locate(weight), value_of(weight)
+        return None
+    node, value = product.args[1], value_of(product)
+    if not isinstance(node, fx.Node) or node.op != "placeholder" or node not in constants or value is None:
+        return None
+    located, matrix = context.locate(node), value_of(node)
     if located is None or located[0].config is None or matrix is None or matrix.dtype != value.dtype or value._version > 0:
-        return False
+        return None
     dims = CONVOLUTIONS.get(product.target)
-    if dims is None:
-        return product.target in LINEARS and matrix.dim() == 2
-    return value.dim() == 2 + dims and matrix.shape[1] > 1  # no depthwise one, which stays in float
+    # A depthwise convolution stays in float.
+    fits = product.target in LINEARS and matrix.dim() == 2 if dims is None else value.dim() == 2 + dims and matrix.shape[1] > 1
+    return located[0] if fits else None
+
+
+def _sources(node: fx.Node, product: fx.Node) -> set[fx.Node]:
+    """What ``node`` and ``product`` read, but for x and the product itself."""
+    return {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
+
+
+def _are_fixed(sources: set[fx.Node], constants: dict[fx.Node, Any]) -> bool:
+    """Whether they come from parameters alone, and nothing writes to them."""
+    return all(each in constants and is_constant(each) for source in sources for each in ancestors(source))
+
+
+def _obstacle(context: Context, weight: GraphWeight) -> str:
+    """Why ``weight`` cannot be scaled, or ""."""
+    if torch.is_grad_enabled():
+        return "it would get no gradient; call under torch.no_grad()"
+    if context.config.release_weights:
+        return "release_weights=True frees the floats that its scaled form is computed from"
+    if len(weight.node.users) > 1:
+        return "other nodes use the weight as it is"
+    if weight.value.dtype == torch.float16:
+        return "float16 may not hold the scaled weight"
+    return ""
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _scale(node: fx.Node, product: fx.Node, constants: dict[fx.Node, Any]) -> Scale | None:
@@ -70,11 +109,32 @@ def _scale(node: fx.Node, product: fx.Node, constants: dict[fx.Node, Any]) -> Sc
         return _batch_norm(node, product, constants)
     if len(node.args) != 2 or node.kwargs:
         return None
-    first, second = node.args
+    first: Any = node.args[0]
+    second: Any = node.args[1]
     factor = second if first is product else first
-    if factor not in constants or not _is_by_row(value_of(factor), product):
+    if node.target in DIVIDE:
+        return _number(node, 1 / second if first is product and _is_number(second) else None)
+    if isinstance(factor, fx.Node):
+        by_row = factor in constants and _is_by_row(value_of(factor), product)
+        return (lambda call: (call(torch.flatten, factor), None)) if by_row else None
+    return _number(node, factor)
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and given != 0 and math.isfinite(given)
+
+
+def _number(node: fx.Node, factor: Any) -> Scale | None:
+    """A scale by ``factor``, if what reads ``node`` is a sum, which can then become part of the product."""
+    if not _is_number(factor) or len(node.users) != 1 or next(iter(node.users)).target not in ADD:
         return None
-    return lambda call: (call(torch.flatten, factor), None)
+    return lambda call: (factor, None)
+
+
+def _is_softcap(node: fx.Node) -> bool:
+    """Whether ``node`` is the ``y / c`` of ``tanh(y / c) * c``."""
+    scales_by_number = len(node.args) == 2 and _is_number(node.args[1])
+    return scales_by_number and [reader.target in ACTIVATIONS["tanh"] for reader in node.users] == [True]
 
 
 def _is_by_row(factor: Tensor | None, product: fx.Node) -> bool:
@@ -124,9 +184,10 @@ def _fold(context: Context, node: fx.Node, product: fx.Node, scale: Scale) -> No
     keywords = dict(product.kwargs)
     bias: Any = rest[0] if rest else keywords.pop("bias", None)
     dims = 1 + CONVOLUTIONS.get(product.target, 0)
-    with context.graph.inserting_before(_place(node, product)):
+    with context.graph.inserting_before(_hoist(context.graph, _sources(node, product))):
         s, t = scale(call)
-        scaled = call(torch.mul, weight, call(torch.reshape, s, [-1, *[1] * dims]))
+        by_row = call(torch.reshape, s, [-1, *[1] * dims]) if isinstance(s, fx.Node) else s
+        scaled = call(torch.mul, weight, by_row)
         if bias is not None:
             shifted = call(torch.mul, bias, s)
             t = shifted if t is None else call(torch.add, shifted, t)
@@ -136,11 +197,12 @@ def _fold(context: Context, node: fx.Node, product: fx.Node, scale: Scale) -> No
     context.graph.erase_node(node)
 
 
-def _place(node: fx.Node, product: fx.Node) -> fx.Node:
-    """Before what the scaled weight and bias may be computed: the first call where they come from inputs alone, so that nothing
-    stands between products that follow one another."""
-    sources = {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
-    if all(source.op == "placeholder" for source in sources):
-        first: fx.Node = next(each for each in node.graph.nodes if each.op != "placeholder")
-        return first
-    return product
+def _hoist(graph: fx.Graph, sources: set[fx.Node]) -> fx.Node:
+    """Move what ``sources``, all constant, are computed by to the front, so that nothing stands between products that follow one
+    another. The node that is then the first behind it."""
+    wanted = {each for source in sources for each in ancestors(source) if each.op != "placeholder"}
+    first: fx.Node = next(each for each in graph.nodes if each.op != "placeholder" and each not in wanted)
+    for each in list(graph.nodes):
+        if each in wanted:
+            first.prepend(each)
+    return first

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 DECODE_QUERIES = 8  # so many queries at most are a decoding step
 ADD = (operator.add, operator.iadd, torch.add, "add", aten.add.Tensor)
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", aten.mul.Tensor)
+DIVIDE = (operator.truediv, torch.div, torch.true_divide, "div", aten.div.Tensor)
 CASTS = ("to", "float", "type_as", aten._to_copy.default, aten.to.dtype)
 ACTIVATIONS = {
     "silu": (functional.silu, aten.silu.default),

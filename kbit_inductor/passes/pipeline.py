@@ -10,6 +10,7 @@ from torch import fx
 
 from kbit_inductor.capture import Context
 from kbit_inductor.errors import InvalidPassError
+from kbit_inductor.passes.adapters import widen_adapters
 from kbit_inductor.passes.chain import chain
 from kbit_inductor.passes.cleanup import drop_unused_weights
 from kbit_inductor.passes.derive import derive_weights, explain_computed_weights
@@ -20,7 +21,15 @@ from kbit_inductor.passes.fuse import fuse
 from kbit_inductor.passes.lower import lower_marks
 from kbit_inductor.passes.products import match_products
 from kbit_inductor.passes.record import Pass
+from kbit_inductor.passes.select import select_early
 from kbit_inductor.passes.values import infer_values
+from kbit_inductor.passes.written_out import write_out
+
+
+def _fold(gm: fx.GraphModule, context: Context) -> None:
+    write_out(gm, context)
+    widen_adapters(context)
+    fold(gm, context)
 
 
 def _expand(gm: fx.GraphModule, context: Context) -> None:
@@ -49,7 +58,8 @@ def _cleanup(gm: fx.GraphModule, context: Context) -> None:
 
 
 BUILT_IN = (
-    Pass("fold", fold, "bounded"),
+    Pass("select", select_early, "bounded"),
+    Pass("fold", _fold, "bounded", after=("select",)),
     Pass("expand", _expand, "bounded", after=("fold",)),
     Pass("pack", _pack, "quantizing", after=("expand",)),
     Pass("fuse", _fuse, "bounded", after=("pack",)),

@@ -13,28 +13,39 @@ from torch import fx
 from torch.nn import functional
 
 from kbit_inductor._compat import OpOverload
-from kbit_inductor.capture import VALUE, Context, Use
+from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.passes.bags import embedding_bag
 from kbit_inductor.passes.convolutions import convolution
 from kbit_inductor.passes.rewriter import (
     Batch,
     Rewriter,
     located,
     packed_batched_linear,
-    packed_embedding,
     packed_grouped_linear,
 )
 from kbit_inductor.views import Strides, first_matrix, transposed
 
 aten = torch.ops.aten
 LINEARS = (functional.linear, aten.linear.default)
-EMBEDDINGS = (functional.embedding,)
+EMBEDDINGS = (functional.embedding, functional.embedding_bag)
+
+
+def linear_operands(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """x and the weight, if ``node`` is a linear operator with both by position and both of them nodes; else None."""
+    if not isinstance(node, fx.Node) or node.target not in LINEARS or len(node.args) < 2:
+        return None
+    x, weight = node.args[:2]
+    return (x, weight) if isinstance(x, fx.Node) and isinstance(weight, fx.Node) else None
 
 
 def match_products(context: Context) -> None:
     """Mark every product and look-up whose weight is a parameter, or say why not."""
+    spared = context.spared()
     for node in list(context.graph.nodes):
         rule = rule_of(node)
-        if node.op != "call_function" or rule is None or not _weights_of(context, node) or context.is_inside_transform(node):
+        if node in spared or node.op != "call_function" or rule is None or not _weights_of(context, node):
+            continue
+        if context.is_inside_transform(node):
             continue
         with context.graph.inserting_before(node):
             replacement = rule(Rewriter(context, node), *node.args, **node.kwargs)
@@ -141,14 +152,10 @@ def _embedding(
     context, window = rewriter.context, _window(rewriter, weight, 2)
     if window is None:
         return None
-    table, view, memory, _ = located(context, weight)
     if max_norm is not None:
-        context.explain(table, "max_norm rescales its rows at every call")
+        context.explain(located(context, weight)[0], "max_norm rescales its rows at every call")
         return None
-    rows, columns = window.size
-    marked = rewriter.call(packed_embedding, input, table.node, rewriter.node.meta[VALUE].dtype)
-    context.uses.append(Use("embedding", table, view.then(memory, window), rows, columns, marked))
-    return marked
+    return rewriter.look_up(input, weight, window, rewriter.node.meta[VALUE].dtype)
 
 
 Rule = Callable[..., "fx.Node | None"]
@@ -163,6 +170,7 @@ PRODUCTS: dict[Any, Rule] = {
     aten._grouped_mm.default: _grouped_mm,
     aten.convolution.default: convolution,
 }
+LOOK_UPS: dict[Any, Rule] = dict(zip(EMBEDDINGS, (_embedding, embedding_bag), strict=True))
 # Of other libraries, by name: what transformers calls for its experts where grouped_mm does not take their dtype.
 FOREIGN: dict[str, Rule] = {"transformers::grouped_mm_fallback": _transformers_grouped_mm}
 
@@ -171,4 +179,4 @@ def rule_of(node: fx.Node) -> Rule | None:
     """The rule for the operator that ``node`` calls, or None when it is no product or look-up."""
     if isinstance(node.target, OpOverload) and (foreign := FOREIGN.get(node.target.name())) is not None:
         return foreign
-    return PRODUCTS.get(node.target) or (_embedding if node.target in EMBEDDINGS else None)
+    return PRODUCTS.get(node.target) or LOOK_UPS.get(node.target)

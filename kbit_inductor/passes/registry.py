@@ -44,8 +44,8 @@ def register_pass(
     Args:
         run: ``(gm, context)``, which edits ``gm.graph`` in place.
         tier: what it promises: ``"bitwise"``, ``"bounded"`` or ``"quantizing"`` (:data:`kbit_inductor.passes.record.TIERS`).
-        before: name or names of passes that must run later. The built-in ones are ``fold``, ``expand``, ``pack``, ``fuse``,
-            ``chain``, ``cleanup``.
+        before: name or names of passes that must run later. The built-in ones are ``select``, ``fold``, ``expand``, ``pack``,
+            ``fuse``, ``chain``, ``cleanup``.
         after: name or names of passes that must have run.
         name: by which others refer to it; the function's own where it is None.
 

@@ -82,6 +82,19 @@ class Rewriter:
         self.context.uses.append(Use("linear", weight, view, rows, columns, marked))
         return marked
 
+    def look_up(self, indices: Any, table: fx.Node, window: Strides, dtype: torch.dtype) -> fx.Node:
+        """The rows ``indices`` of the matrix that lies at ``window`` in the memory of node ``table``, as ``dtype``."""
+        weight, view, memory, _ = located(self.context, table)
+        marked = self.call(packed_embedding, indices, weight.node, dtype)
+        rows, columns = window.size
+        self.context.uses.append(Use("embedding", weight, view.then(memory, window), rows, columns, marked))
+        return marked
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """A size of what ``node`` gives: a number, or a node where it is a symbol."""
+        size = node.meta[VALUE].shape[dim]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+
     def batched(self, mark: Callable[..., Any], x: Any, batch: Batch, where: Any) -> fx.Node:
         """``x`` times the matrices ``[E, N, K]`` of ``batch``, as ``mark`` has it: which of them, ``where`` says."""
         count, rows, columns = batch.window.size
