@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
-from kbit_inductor.kernels.words import unpack_words
+from kbit_inductor.kernels.words import WordLayout, unpack_words
 from kbit_inductor.lowering import operands, ops
+from kbit_inductor.lowering.fitting import launch_fitting
 from kbit_inductor.lowering.float_rows import multiplies_in_float
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 from kbit_inductor.lowering.problem import Problem
@@ -28,7 +29,7 @@ NOT_ROUNDED = 16
 HALVES = (torch.float16, torch.bfloat16)
 WORDS = "Tensor words, Tensor scale, Tensor? offset, Tensor global_scale"
 SCHEMAS = {
-    # activation_bits: 1 to 8, or 16 for x as it is.
+    # activation_bits: 1 to 8, FP8 for 8-bit floats, or 16 for x as it is.
     "linear_triton": (
         f"(Tensor x, {WORDS}, Tensor? bias, int bits, int group_size, Tensor? codebook=None, int activation_bits=16) -> Tensor"
     ),
@@ -58,15 +59,7 @@ def _linear(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
     group_size: int, codebook: Tensor | None = None, activation_bits: int = NOT_ROUNDED,
 ) -> Tensor:  # fmt: skip
-    """By float weights where there are many rows of x."""
     packed = (words, scale, offset, global_scale)
-    problem = _problem(x, words, offset, bits, group_size, codebook, activation_bits)
-    if activation_bits == NOT_ROUNDED and x.dtype in HALVES and x.numel() and multiplies_in_float(problem, rows_of(x), x.device):
-        from kbit_inductor.kernels.triton.dequantize import linear_by_float
-
-        operands.check_devices(x, weight=words, scale=scale, bias=bias)
-        operands.check_words(*packed, codebook, x.shape[-1], bits, group_size)
-        return linear_by_float(x, *packed, bias, bits, group_size, codebook)
     return _fused_linear(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
 
 
@@ -75,13 +68,24 @@ def _fused_linear(
     group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
     activation_bits: int = NOT_ROUNDED,
 ) -> Tensor:  # fmt: skip
-    from kbit_inductor.kernels.triton.linear import linear
+    """By float weights where there are many rows of x, and a kernel for what follows then."""
+    from kbit_inductor.kernels.triton.dequantize import linear_by_float
+    from kbit_inductor.kernels.triton.epilogue import Epilogue, apply_epilogue
+    from kbit_inductor.kernels.triton.launch import Matrix
+    from kbit_inductor.kernels.triton.linear import config_of, fused_linear
 
     operands.check_devices(x, weight=words, scale=scale, bias=bias, factor=factor, residual=residual)
     operands.check_words(words, scale, offset, global_scale, codebook, x.shape[-1], bits, group_size)
-    grid = (words, scale, offset, global_scale)
-    config = config_for(_problem(x, words, offset, bits, group_size, codebook, activation_bits), rows_of(x), x.device)
-    return linear(x, *grid, bias, bits, group_size, codebook, activation, factor, residual, activation_bits, config)
+    matrices = (Matrix(words, scale, offset, global_scale, codebook, bias),)
+    epilogue = Epilogue(activation, factor=factor, residual=residual)
+    problem, rows = _problem(x, words, offset, bits, group_size, codebook, activation_bits), rows_of(x)
+    if activation_bits == NOT_ROUNDED and x.dtype in HALVES and x.numel() and multiplies_in_float(problem, rows, x.device):
+        return apply_epilogue(linear_by_float(x, matrices, bits, group_size), epilogue)
+    layout = WordLayout.of(bits, x.size(-1), group_size)
+    config = config_for(problem, rows, x.device) or config_of(x, words.size(0), layout, activation_bits)
+    return launch_fitting(
+        lambda each: fused_linear(x, matrices, bits, group_size, None, epilogue, activation_bits, each), config, x.device
+    )
 
 
 def _problem(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kbit_inductor import LayerConfig, backend
+from kbit_inductor.kernels.layout import FP8
 from kbit_inductor.kernels.reference import round_activations
 from kbit_inductor.lowering.gpu import dequantize_words
 from kbit_inductor.lowering.registry import KERNELS, Choice, Problem, choose
@@ -70,7 +71,7 @@ def test_gradients_pass_through(on_cpu):
     torch.testing.assert_close(again[0], torch.nn.functional.linear(x.detach(), packed.dequantize()))
 
 
-@pytest.mark.parametrize(("wanted", "given"), [("auto", 16), (16, 16), (8, 8), (3, 3)])
+@pytest.mark.parametrize(("wanted", "given"), [("auto", 16), (16, 16), (8, 8), (3, 3), ("fp8", FP8)])
 def test_activations_are_rounded_when_asked(on_cpu, monkeypatch, wanted, given):
     """On a GPU "auto" means not at all. The weight is made to look as if it were on one."""
     monkeypatch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))

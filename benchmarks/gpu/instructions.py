@@ -19,6 +19,7 @@ from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.kernels.triton import aot, launch, linear, quantize
 from kbit_inductor.kernels.triton import bits as counting
 from kbit_inductor.kernels.triton.config import Config, Device, default_config
+from kbit_inductor.kernels.triton.epilogue import NOTHING
 from kbit_inductor.kernels.words import WordLayout
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
@@ -57,13 +58,13 @@ def compile_product(
         scale = torch.empty(group_count(k, group_size), n, dtype=torch.float16)
         levels = torch.empty(2**bits, dtype=torch.uint8) if codebook else None
         out, bias = torch.empty(rows, n, dtype=dtype), None if symmetric else torch.empty(n, dtype=dtype)
-        packed = (words, scale, None if symmetric else scale, torch.empty(1), levels)
+        matrix = launch.Matrix(words, scale, None if symmetric else scale, torch.empty(1), levels, bias)
         if rounded:
             x = quantize.empty_activations(rows, layout, launch.span_pieces(layout, config), torch.device("meta"))
         else:
             x = launch.activations(torch.empty(rows, k, dtype=dtype), layout, config, launch.NOT_ROUNDED)
         ptx = not target.startswith("gfx")
-        arguments = linear.launch_arguments(x, layout, *packed, bias, "", None, None, out, config, ptx)
+        arguments = linear.launch_arguments(x, layout, [matrix], NOTHING, out, config, ptx)
     kernel = aot.compile_ahead(linear.linear_kernel, arguments, target)
     threads = config.num_warps * aot.TARGETS[target].warp_size
     return kernel, config.block_n * config.steps * layout.piece / threads

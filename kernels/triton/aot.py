@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import triton
@@ -37,6 +37,7 @@ _POINTER_TYPES = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -138,8 +139,8 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
 
     Args:
         kernel: a ``@triton.jit`` function.
-        arguments: its arguments by name, and compiler options such as ``num_warps``. Tensors are not read, so meta
-            tensors do; they are taken to be aligned to 16 bytes, as torch allocates them.
+        arguments: its arguments by name, tuples among them, and compiler options such as ``num_warps``. Tensors are not read, so
+            meta tensors do; they are taken to be aligned to 16 bytes, as torch allocates them.
         target: a key of :data:`TARGETS`.
 
     Raises:
@@ -147,16 +148,19 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
     """
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
-    signature: dict[str, str] = {}
-    constants: dict[str, object] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for param in kernel.params:
         value = arguments[param.name]
-        signature[param.name] = kind = _argument_type(param, value)
-        if kind == "constexpr":
-            constants[param.name] = value
-        elif _is_aligned(param, value):
-            attributes[(param.num,)] = [["tt.divisibility", 16]]
+        kinds = []
+        for place, each in _places(param, value):
+            kinds.append(_argument_type(param, each))
+            if kinds[-1] == "constexpr":
+                constants[place] = each
+            elif _is_aligned(param, each):
+                attributes[place] = [["tt.divisibility", 16]]
+        signature[param.name] = tuple(kinds) if isinstance(value, tuple) else kinds[0]
     options = {name: value for name, value in arguments.items() if name not in signature}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -164,6 +168,13 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
 
 
 # The two below follow what Triton's launcher specializes a kernel on (triton.runtime.jit).
+
+
+def _places(param: KernelParam, value: object) -> list[tuple[tuple[int, ...], object]]:
+    """The argument, or each one of a tuple, and where it is."""
+    if isinstance(value, tuple):
+        return [((param.num, i), each) for i, each in enumerate(value)]
+    return [((param.num,), value)]
 
 
 def _argument_type(param: KernelParam, value: object) -> str:

@@ -15,7 +15,9 @@ DECODE_ROWS = 16
 FLOAT_ROWS = 2048
 """Rows of a 16-bit x from which the weight is unpacked once, for PyTorch's product. To write 8192 x 8192 floats, 128 MiB, takes an
 H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, which unpacking keeps it from."""
+TWO_SUMS = (torch.bfloat16, torch.float8_e4m3fn)  # of which long codes are two, so that registers hold less
 PROGRAMS_PER_MULTIPROCESSOR = 4
+LEAST_BLOCK_N, LEAST_BLOCK_M = 32, 16
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
 LEAST_STAGES = 2
 BARRIERS = 16  # bytes of shared memory, by which NVIDIA's pipelines wait
@@ -64,7 +66,7 @@ class Device:
 
 
 def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
-    """The config for ``m`` rows of x of ``dtype``, int8 if they are rounded, and ``n`` of the weight.
+    """The config for ``m`` rows of x of ``dtype``, int8 or float8_e4m3fn if they are rounded, and ``n`` of the weight.
 
     By the kernel's instructions and resources, not by measurement. Of so many stages as the shared memory holds.
     """
@@ -100,6 +102,17 @@ def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Devi
         return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
     if m <= 32:
         return Config(32, 64, 2, sums=True)
-    if m <= 64 or not device.wgmma or dtype == torch.bfloat16:  # 8 bits are two bfloat16, so there are two sums
+    if m <= 64 or not device.wgmma or dtype in TWO_SUMS:
         return Config(64, 128, 2, sums=True, num_warps=8)
     return Config(128, 128, 2, sums=True, num_warps=8)
+
+
+def smaller(config: Config) -> Config | None:
+    """The next configuration that takes less shared memory and fewer registers: fewer loads under way, then smaller tiles."""
+    if config.num_stages > 1:
+        return dataclasses.replace(config, num_stages=config.num_stages - 1)
+    if config.block_n > LEAST_BLOCK_N:
+        return dataclasses.replace(config, block_n=config.block_n // 2)
+    if config.block_m > LEAST_BLOCK_M:
+        return dataclasses.replace(config, block_m=config.block_m // 2)
+    return None
