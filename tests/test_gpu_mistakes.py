@@ -113,7 +113,8 @@ def test_tensors_on_another_device_are_named() -> None:
     with pytest.raises(kbit.WrongDeviceError, match="bias of the packed layer on meta"):
         gpu._linear(here, *packed, torch.zeros(12, device="meta"), 4, 32, codebook)
     with pytest.raises(kbit.WrongDeviceError, match="residual"):
-        gpu._fused_linear(here, *packed, None, 4, 32, codebook, "", None, x[:, :12])
+        lists = ([] if each is None else [each] for each in (*packed, None, codebook))
+        gpu._fused_linear(here, None, 0.0, *lists, 4, 32, "", False, None, x[:, :12], 16)
     with pytest.raises(kbit.WrongDeviceError, match="the input is on meta"):
         gpu._embedding(torch.zeros(2, dtype=torch.int64, device="meta"), *packed, 64, 4, 32, torch.float16, codebook)
 

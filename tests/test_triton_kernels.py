@@ -451,7 +451,8 @@ def check_many_rows_are_multiplied_by_a_float_weight():
     try:
         actual = gpu._linear(x, *words, bias, 4, 16)
         assert seen == [2, 2, 1]
-        fused = gpu._fused_linear(x, *words, bias, 4, 16, None, "silu", actual, actual)
+        lists = ([each] for each in (*words, bias))
+        fused = gpu._fused_linear(x, None, 0.0, *lists, [], 4, 16, "silu", False, actual, actual, 16)
         assert seen == [2, 2, 1] * 2
         gpu._linear(x.flatten(0, 1)[1:], *words, bias, 4, 16)
         assert seen == [2, 2, 1] * 2

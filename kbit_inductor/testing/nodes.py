@@ -136,12 +136,17 @@ def _fused(
 
 
 def _fused_words(
-    grids: Any, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
-    bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
-    activation_bits: int = 16,
+    grids: Any, x: Tensor, norm_weight: Tensor | None, eps: float, words: Sequence[Tensor], scale: Any, offset: Any,
+    global_scale: Any, bias: Sequence[Tensor], codebook: Any, bits: int, group_size: int, activation: str, gated: bool,
+    factor: Tensor | None, residual: Tensor | None, activation_bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rounding, told = _rounding(activation_bits), bias or [None] * len(words)
+    parts = [product(x, grids[id(weight)], one, rounding) for weight, one in zip(words, told, strict=True)]
+    if gated:
+        return _epilogue(*parts[0], activation, parts[1], residual, x.dtype)
     gate = None if factor is None else (factor.double(), torch.zeros_like(factor, dtype=torch.float64))
-    return _epilogue(*product(x, grids[id(words)], bias, _rounding(activation_bits)), activation, gate, residual, x.dtype)
+    first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return _epilogue(first, slack, activation, gate, residual, x.dtype)
 
 
 def _epilogue(

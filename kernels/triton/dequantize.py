@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from kbit_inductor.kernels.layout import level_bits, midpoint
 from kbit_inductor.kernels.triton.launch import DTYPES, Matrix, takes_ptx
@@ -120,12 +119,19 @@ def linear_by_float(x: Tensor, matrices: Sequence[Matrix], bits: int, group_size
     ``x`` first, which adds ``u(x.dtype) (|x| @ |W|.T + |bias|)`` to its error.
     """
     step = max(1, WEIGHTS_AT_ONCE // max(1, x.size(-1)))
-    parts = []
+    flat = x.reshape(-1, x.size(-1))
+    out = torch.empty(flat.size(0), sum(matrix.rows for matrix in matrices), dtype=x.dtype, device=x.device)
+    begin = 0
     for matrix in matrices:
         for start in range(0, matrix.rows, step):
             rows = slice(start, start + step)
             zero = None if matrix.offset is None else matrix.offset[:, rows].contiguous()
             packed = (matrix.words[rows], matrix.scale[:, rows].contiguous(), zero, matrix.global_scale)
             weight = dequantize(*packed, bits, x.size(-1), group_size, matrix.codebook, x.dtype)
-            parts.append(functional.linear(x, weight, None if matrix.bias is None else matrix.bias[rows].to(x.dtype)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            part = out[:, begin : begin + weight.size(0)]
+            if matrix.bias is None:
+                torch.mm(flat, weight.t(), out=part)
+            else:
+                torch.addmm(matrix.bias[rows].to(x.dtype), flat, weight.t(), out=part)
+            begin += weight.size(0)
+    return out.view(*x.shape[:-1], -1)
