@@ -160,6 +160,38 @@ def test_a_layer_of_a_language_model_is_four_calls(kind: str, cpu_in_its_place: 
     assert graph.fusions == {"activation": 1, "gate": 1, "siblings": 3, "residual": 2}
 
 
+class Normed(nn.Module):
+    """A norm as transformers spells it, or torch, in front of two products."""
+
+    def __init__(self, spelled: bool) -> None:
+        super().__init__()
+        self.spelled, self.weight = spelled, nn.Parameter(torch.rand(24) + 0.5)
+        self.first, self.second = nn.Linear(24, 40), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spelled:
+            wide = x.to(torch.float32)
+            normed = self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        else:
+            normed = functional.rms_norm(x, (24,), self.weight, 1e-5)
+        return self.first(normed), self.second(normed)
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("rounding", "norms"), [(8, 1), ("fp8", 1), (16, 0)])
+def test_norms_are_fused_where_activations_are_rounded(spelled: bool, dtype: torch.dtype, rounding: Any, norms: int) -> None:
+    graph = captured(Normed(spelled), (3, 24), dtype=dtype, activation_bits=rounding)
+    assert (graph.fusions["norm"], graph.fusions["siblings"]) == (norms, 2)
+    operators = {name for name in graph.operators if "placeholder" not in name}
+    assert (operators == {FUSED, "narrow"}) == bool(norms)  # nothing is left of the norm
+
+
+def test_a_fused_norm_keeps_its_meaning(cpu_in_its_place: None) -> None:
+    torch.manual_seed(0)
+    assert_equivalent(Normed(True).eval(), torch.randn(3, 24), OPTIONS | {"activation_bits": 8}, through_inductor=False)
+
+
 FUSED_ONCE = {
     "relu": (lambda y, x, z: torch.relu(y) - z.sum(), {"activation": 1}),
     "a factor of another kind": (lambda y, x, z: y * x - z.sum(), {"gate": 1}),

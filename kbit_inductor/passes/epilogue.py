@@ -1,4 +1,4 @@
-"""Fuse what surrounds a GPU's products into their kernel: activations, gates, residual sums, products of the same x.
+"""Fuse what surrounds a GPU's products into their kernel: activations, gates, residual sums, products of the same x, norms.
 
 ``kbit::linear_triton`` becomes ``kbit::fused_linear_triton`` (:mod:`kbit_inductor.lowering.gpu`), which rounds and stores once. A
 product is computed later then, where what it was followed by stood, or earlier, with the first of those that read its x; so only
@@ -18,13 +18,14 @@ import torch
 from torch import fx
 
 from kbit_inductor.capture import VALUE, Context
-from kbit_inductor.passes.patterns import ADD, MULTIPLY, activation_of, alike, is_constant, value_of
+from kbit_inductor.passes.patterns import ADD, MULTIPLY, activation_of, alike, erase_dead, is_constant, rms_norm, value_of
 
 LINEAR = torch.ops.kbit.linear_triton.default
 FUSED = torch.ops.kbit.fused_linear_triton.default
 PLAIN: Mapping[str, Any] = {"norm_weight": None, "eps": 0.0, "activation": "", "gated": False, "factor": None, "residual": None}
 LISTS = ("words", "scale", "offset", "global_scale", "bias", "codebook")
 SHARED = ("x", "bits", "group_size", "activation_bits")
+NOT_ROUNDED = 16
 MOST_MATRICES = 8
 """Of a launch: each program finds its own by comparing with all."""
 
@@ -81,6 +82,8 @@ def fuse_epilogues(context: Context) -> None:
     for node in list(context.graph.nodes):
         any(fuse(context, node) for fuse in (_activation, _gate_of_two, _gate, _residual))
     _siblings(context)
+    for node in list(context.graph.nodes):
+        _norm(context, node)
 
 
 # act(linear(x))
@@ -186,3 +189,23 @@ def _merge(context: Context, nodes: Sequence[fx.Node]) -> None:
         context.graph.erase_node(node)
         context.moved(node, together)
     context.fusions["siblings"] += len(nodes)
+
+
+# linear(norm(x)): only in front of activations that are rounded, whose kernel computes the norm too.
+def _norm(context: Context, node: fx.Node) -> None:
+    call = Call.of(node)
+    if call is None or call.arguments["activation_bits"] == NOT_ROUNDED or not call.lacks("norm_weight"):
+        return
+    normed = call.arguments["x"]
+    found = rms_norm(normed, halves=True)
+    if found is None:
+        return
+    x, weight, eps = found
+    with context.graph.inserting_before(node):
+        fused = context.graph.call_function(FUSED, call.becomes(x=x, norm_weight=weight, eps=eps).positional())
+    fused.meta = dict(node.meta)
+    node.replace_all_uses_with(fused)
+    context.graph.erase_node(node)
+    context.moved(node, fused)
+    erase_dead(context.graph, normed)
+    context.fusions["norm"] += 1
