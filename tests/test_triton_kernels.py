@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -184,6 +184,10 @@ def config_named(name: str, layout: WordLayout) -> Config | None:
     config=CONFIGS,
     activation_bits=ACTIVATION_BITS,
 )
+@example(
+    bits=6, columns=150, group_size=32, symmetric=False, exponent=0, seed=0, m=3, n=20, dtype=torch.float16, codebook=False,
+    bias=None, strides="contiguous", config="split", activation_bits=16,
+)  # fmt: skip
 def check_linear(
     bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config, activation_bits
 ):  # fmt: skip

@@ -69,15 +69,16 @@ class CompiledKernel:
 
     @cached_property
     def _instructions(self) -> tuple[list[str], dict[str, int]]:
-        """Those of the SASS, and where each label of it points."""
+        """Those of the SASS or of the AMDGCN assembly, and where each label of it points."""
         instructions: list[str] = []
         labels: dict[str, int] = {}
-        for line in self.sass.splitlines():
-            text = line.split("\t")[-1].strip()
+        nvidia = "cubin" in self.asm
+        for line in (self.sass if nvidia else self.assembly).splitlines():
+            text = line.split("\t")[-1].strip() if nvidia else line.partition(";")[0].rstrip()
             if text.endswith(":"):
                 labels[text[:-1]] = len(instructions)
-            elif text.endswith(";"):
-                instructions.append(text)
+            elif text.endswith(";") if nvidia else re.match(r"\t[a-z]", text):
+                instructions.append(text.strip())
         return instructions, labels
 
     @property
@@ -90,18 +91,18 @@ class CompiledKernel:
 
     @cached_property
     def main_loop(self) -> list[str]:
-        """The opcodes, ``LOP3`` for one, of the longest loop of the SASS, or of those with tensor cores' products."""
+        """The opcodes, ``LOP3`` or ``v_and_or_b32`` for one, of the longest loop, or of those with tensor cores' products."""
         instructions, labels = self._instructions
         loops = []
         for i, text in enumerate(instructions):
-            branch = re.search(r"\bBRA\b.*?(\w+);$", text)
+            branch = re.search(r"\bBRA\b.*?(\w+);$", text) or re.match(r"s_c?branch\w*\s+(\S+)$", text)
             if branch is None:
                 continue
             # Where there is no label, it is an address, and an instruction takes 16 bytes.
             start = int(branch[1], 16) // 16 if branch[1].startswith("0x") else labels[branch[1]]
             if start < i:
                 loops.append([_opcode(each) for each in instructions[start : i + 1]])
-        products = [loop for loop in loops if any("MMA" in opcode for opcode in loop)]
+        products = [loop for loop in loops if any("MMA" in opcode or "mfma" in opcode for opcode in loop)]
         return max(products or loops, key=len, default=[])
 
     @cached_property
@@ -130,8 +131,9 @@ class CompiledKernel:
 
 
 def _opcode(instruction: str) -> str:
-    """``LOP3`` of ``@!P0 LOP3.LUT R1, R2, ...;``."""
-    return re.sub(r"^@!?\w+\s+", "", instruction).split()[0].rstrip(";").partition(".")[0]
+    """``LOP3`` of ``@!P0 LOP3.LUT R1, R2, ...;``, ``v_add_u32`` of ``v_add_u32_e32 v1, v2, v3``."""
+    opcode = re.sub(r"^@!?\w+\s+", "", instruction).split()[0].rstrip(";").partition(".")[0]
+    return re.sub(r"_(e32|e64|sdwa|dpp)$", "", opcode)
 
 
 def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], target: str) -> CompiledKernel:

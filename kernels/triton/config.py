@@ -80,7 +80,8 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     """Shared memory of a program, or a little more: what Triton's pipeline keeps of x and of the words, as it compiles.
 
     Steps that are asked for, one fewer than stages; where words are at an address that is computed, x is asked for one step
-    earlier. Of ``wgmma`` the unpacked weight goes through shared memory too.
+    earlier, and of ``wgmma`` the unpacked weight goes through shared memory too. If a block is unrolled, it is ``wgmma`` that keeps
+    the x of one more step.
     """
     unrolled = config.steps == layout.block_pieces
     tile = config.block_n * layout.piece * WORD_BITS // 8
@@ -88,8 +89,8 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     tiles = layout.block_tiles if unrolled else config.steps * layout.bits.bit_count()
     words = tile * tiles if unrolled or device.copies_words else 0
     together = device.wgmma and config.num_warps >= 4 and config.block_n >= 64
-    operand = tile * (1 + unrolled) if together else 0
-    return (config.num_stages - 1) * (x + words) + (0 if unrolled else x) + operand + (BARRIERS if device.copies_words else 0)
+    more = (0 if unrolled and not together else x) + (tile if together and not unrolled else 0)
+    return (config.num_stages - 1) * (x + words) + more + (BARRIERS if device.copies_words else 0)
 
 
 def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
@@ -99,12 +100,24 @@ def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Devi
     if m <= DECODE_ROWS:
         wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, math.ceil(n / 32))
         split_k = max(1, min(wanted, layout.pieces // layout.block_pieces // LEAST_STEPS))
+        if m > 8 and layout.bits % 2 and dtype.itemsize == 2:
+            return _sixteen_rows(layout, split_k, dtype, device)
         return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
     if m <= 32:
         return Config(32, 64, 2, sums=True)
     if m <= 64 or not device.wgmma or dtype in TWO_SUMS:
         return Config(64, 128, 2, sums=True, num_warps=8)
     return Config(128, 128, 2, sums=True, num_warps=8)
+
+
+def _sixteen_rows(layout: WordLayout, split_k: int, dtype: torch.dtype, device: Device) -> Config:
+    """For 9 to 16 rows and blocks of 16 pieces, as odd k have: so cut that registers suffice, as it was compiled."""
+    if layout.bits == 5 and device.wgmma:
+        return Config(16, 64, layout.block_pieces, sums=True, split_k=split_k, num_warps=4, num_stages=2)
+    config = Config(16, 32, layout.block_pieces, sums=True, split_k=split_k, num_warps=2, num_stages=3)
+    if layout.bits == 3 and 2 * shared_bytes(config, layout, dtype, device) <= device.shared_memory:
+        return config  # with room for a second program
+    return dataclasses.replace(config, num_stages=2)
 
 
 def smaller(config: Config) -> Config | None:

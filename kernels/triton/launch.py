@@ -90,8 +90,10 @@ def takes_ptx(x: Tensor) -> bool:
 
 def span_sums(x: Tensor, layout: WordLayout, span: int) -> Tensor:
     """Sums of ``x`` ``[M, K]`` over each ``span`` pieces, float32 ``[spans, M]``."""
-    padded = pad_groups(x, layout)
-    return padded.view(x.size(0), -1, span * layout.piece).sum(-1, dtype=torch.float32).t().contiguous()
+    spans = pad_groups(x, layout).view(x.size(0), -1, span * layout.piece)
+    sums = torch.empty(spans.size(1), x.size(0), dtype=torch.float32, device=x.device)
+    torch.sum(spans, -1, dtype=torch.float32, out=sums.t())  # one launch
+    return sums
 
 
 def span_pieces(layout: WordLayout, config: Config) -> int:
