@@ -543,6 +543,14 @@ def test_shifts_at_compile_time_are_those_of_the_layout(bits):
         assert all(unpack.shift_of(i, bits, plane.width) == plane.shifts[i % pieces] for i in range(layout.block_pieces))
 
 
+@pytest.mark.parametrize("half", [tl.float16, tl.bfloat16])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_codes_whose_products_are_added_up_begin_at_the_same_bit(bits, half):
+    """Two pieces of a group have one scale, and one term for what a float is more than its code."""
+    first = [unpack.mantissa_bit(i, bits, half, True, True) for i in range(WordLayout.of(bits, 4096, 64).block_pieces)]
+    assert first[::2] == first[1::2] and max(first) <= (10 if half == tl.float16 else 7) - bits
+
+
 # Two words at a time are extracted by PTX, which the interpreter cannot run: the compiled instructions are run here instead.
 
 

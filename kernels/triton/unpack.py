@@ -43,17 +43,14 @@ def mantissa_bit(piece, bits, half, direct, unrolled):
     """The bit of a ``half`` float's mantissa at which the code of piece ``piece`` of a block begins.
 
     One that is not ``direct``, of which something is to be made first, begins at 0. If the pieces of a block are ``unrolled``, it
-    begins where half of the pieces are in their words, as far as the 10 or 7 bits have room. Codes of one plane that are side by
-    side in a word share a shift, and begin where it brings them, as many as there is room for.
+    begins where half of the pieces are in their words, as far as the 10 or 7 bits have room.
     """
     if not direct:
         return 0
     room = (10 if half == tl.float16 else 7) - bits
     if unrolled:
-        shift = shift_of(piece, bits, widest_plane(bits))
-        if bits == widest_plane(bits):
-            return shift % min(8, (room // bits + 1) * bits)
-        return shift % 8 if shift % 8 <= room else room // 2 * 2  # an even one: fewer of them, fewer registers hold exponents
+        shift = shift_of(piece, bits, widest_plane(bits)) % 8
+        return shift if shift <= room else room // 2 * 2  # an even one: the fewer there are, the fewer registers hold exponents
     return 0 if half == tl.float16 else room
 
 
