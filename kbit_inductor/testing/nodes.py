@@ -140,8 +140,8 @@ def _fused_words(
     global_scale: Any, bias: Sequence[Tensor], codebook: Any, bits: int, group_size: int, activation: str, gated: bool,
     factor: Tensor | None, residual: Tensor | None, activation_bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype, rounding, told = x.dtype, _rounding(activation_bits), bias or [None] * len(words)
-    spread = None
+    told: Sequence[Tensor | None] = bias or [None] * len(words)
+    dtype, rounding, spread = x.dtype, _rounding(activation_bits), None
     if norm_weight is not None:
         x = functional.rms_norm(x.double(), x.shape[-1:], norm_weight.double(), eps).float()
         spread = (x.shape[-1] + 16) * UNIT
