@@ -12,7 +12,7 @@ from typing import Any, Literal
 from kbit_inductor.amounts import byte_count, second_count
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
-from kbit_inductor.kernels.layout import MAX_BITS
+from kbit_inductor.kernels.layout import FP8, MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
 from kbit_inductor.quantizers.registry import find as find_quantizer
 
@@ -33,7 +33,8 @@ class LayerConfig:
         symmetric: store a scale per group only, and no offset.
         quantizer: name of the method that chooses codes, one of ``kbit_inductor.quantizers.QUANTIZERS``.
         activation_bits: what the layer's input is rounded to on the fly: 1 to 8 bits (integers, with a scale for at most 128
-            columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
+            columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere. ``"fp8"`` is 8-bit floats (e4m3)
+            with a scale for each row on a GPU, and 8 on a CPU.
         codebook: what codes stand for between the ends of a group: ``"uniform"``, an even grid, ``"normal"``, the levels with the
             least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same.
         cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
@@ -55,8 +56,8 @@ class LayerConfig:
             raise InvalidOptionError(f"option 'symmetric' is {self.symmetric!r}; give True or False")
         if find_quantizer(self.quantizer) is None:
             raise InvalidOptionError(f"option 'quantizer' is {self.quantizer!r}; give one of {', '.join(sorted(QUANTIZERS))}")
-        if self.activation_bits != "auto":
-            wanted = "an integer from 1 to 8, 16, or 'auto'"
+        if self.activation_bits not in ("auto", "fp8"):
+            wanted = "an integer from 1 to 8, 16, 'fp8' or 'auto'"
             _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
         if self.codebook not in CODEBOOK_NAMES:
             raise InvalidOptionError(f"option 'codebook' is {self.codebook!r}; give one of {', '.join(CODEBOOK_NAMES)}")
@@ -76,9 +77,10 @@ class LayerConfig:
         return dataclasses.replace(self, activation_bits="auto", codebook=name)
 
     def activation_bits_on(self, device: str) -> int:
-        """What kernels of a type of device, ``"cpu"`` or another one, round activations to; 16 where they do not."""
+        """What kernels of a device, ``"cpu"`` or another one, round activations to: 1 to 8, ``FP8``, or 16 where they do not."""
         if isinstance(self.activation_bits, str):
-            return AUTO_ACTIVATION_BITS if device == "cpu" else 16
+            elsewhere = FP8 if self.activation_bits == "fp8" else 16
+            return AUTO_ACTIVATION_BITS if device == "cpu" else elsewhere
         return self.activation_bits
 
     def levels(self) -> Codebook | None:

@@ -27,6 +27,8 @@ from torch import Tensor
 MAX_BITS = 8
 TILED_LAYOUTS = ("tiled", "vectors")
 """Layouts of the CPU kernels (``cpu/tiled.h``), one uint8 tensor each: codes in quads, and codes as bit vectors."""
+FP8 = -8
+"""The ``activation_bits`` of 8-bit floats (e4m3 of the OCP, 4 exponent and 3 mantissa bits), with one scale for each row."""
 WORD_COLUMNS = 32
 """Columns in a word of a bit vector, at which every group begins one."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kbit_inductor.kernels.layout import level_bits, midpoint, unpack_codes
+from kbit_inductor.kernels.layout import FP8, level_bits, midpoint, unpack_codes
 
 
 def dequantize(
@@ -107,6 +107,7 @@ def embedding(
     return picked.view(*indices.shape, embedding_dim)
 
 
+LARGEST_FP8 = 448.0
 SEGMENT = 128  # columns that share a scale of rounded activations, at most
 
 
@@ -115,8 +116,13 @@ def round_activations(x: Tensor, group_size: int, bits: int) -> Tensor:
 
     Each row is cut into segments of at most 128 columns that straddle no group. At 2 to 8 bits a segment's values become integers
     of magnitude below ``2 ** (bits - 1)`` times one step; at 1 bit, plus or minus their mean magnitude. 16 bits mean a block
-    floating point: 24 bits for float32 and 16 for the other dtypes, with a power of two for the step.
+    floating point: 24 bits for float32 and 16 for the other dtypes, with a power of two for the step. ``FP8`` means 8-bit floats
+    times one step for a whole row, whose largest value becomes 448, the largest of them.
     """
+    if bits == FP8:
+        step = x.float().abs().amax(1, keepdim=True) / LARGEST_FP8 if x.size(1) else x.new_zeros(x.size(0), 1)
+        inverse = torch.where(step > 0, 1 / step, 0.0)
+        return (x.float() * inverse).to(torch.float8_e4m3fn).double() * step.double()
     rounded = torch.zeros(x.shape, dtype=torch.float64)
     for group in range(0, x.size(1), group_size):
         end = min(group + group_size, x.size(1))

@@ -13,3 +13,7 @@ class WrongDeviceError(KbitError, RuntimeError):
 
 class OperandMismatchError(KbitError, ValueError):
     """Packed operands that are not those of the bits, group size and columns that an operator is called with."""
+
+
+class OutOfSharedMemoryError(KbitError, RuntimeError):
+    """A product of which not even the smallest tile fits in the shared memory and the registers of a GPU."""

@@ -20,7 +20,7 @@ class Problem:
         bits: bits per code.
         group_size: columns per scale.
         uniform: whether every code is its own level, so that there is no codebook.
-        activation_bits: what kernels round activations to, 1 to 8, or 16: not rounded.
+        activation_bits: what kernels round activations to, 1 to 8, ``FP8`` for 8-bit floats, or 16: not rounded.
         symmetric: whether there is no offset.
         device_index: which of the devices of its type.
         cascade: whether the first planes of the codes are to be read alone.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kbit_inductor.kernels.cpu import build, compiler
-from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
+from kbit_inductor.kernels.layout import FP8, WORD_COLUMNS, group_count
 from kbit_inductor.lowering import batched as _batched_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import cpu as _cpu_operators  # noqa: F401  (defines them)
 from kbit_inductor.lowering import gpu as _gpu_operators  # noqa: F401  (defines them)
@@ -144,6 +144,8 @@ def _triton_bits_supports(problem: Problem) -> str | None:
         return _triton_supports(problem)
     if problem.family != "linear":
         return "computes products with one matrix"
+    if problem.activation_bits == FP8:
+        return "counts bits of integers, not of floats"
     if problem.activation_bits > MAX_BIT_VECTORS:
         return f"is for activation_bits up to {MAX_BIT_VECTORS}, not {problem.activation_bits}"
     if problem.columns % WORD_COLUMNS or problem.group_size % WORD_COLUMNS:

@@ -10,6 +10,8 @@ import torch
 
 LEAST_TRITON = (3, 6)
 """What torch 2.11, the oldest that this package takes, brings."""
+FP8_CAPABILITY = (8, 9)
+"""Of an NVIDIA GPU whose tensor cores multiply e4m3."""
 LEAST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU: the oldest that the kernels are compiled for in the tests. It is the first with bfloat16 in tensor cores."""
 
@@ -38,3 +40,16 @@ def gpu_problem(index: int) -> str | None:
         return None
     found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
     return f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {found}; the kernels need {least} or later"
+
+
+@functools.cache
+def fp8_problem(index: int) -> str | None:
+    """Why the tensor cores of the GPU of this index multiply no 8-bit floats, or None. One not there is taken for new."""
+    if torch.version.hip is not None:
+        return "AMD's 8-bit floats are others"
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    if (capability := torch.cuda.get_device_capability(index)) >= FP8_CAPABILITY:
+        return None
+    found, least = (".".join(map(str, version)) for version in (capability, FP8_CAPABILITY))
+    return f"GPU {index} has compute capability {found}; they begin with {least}"

@@ -90,6 +90,8 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
 
 
 def _kind(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
     return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
 
 

@@ -44,6 +44,11 @@ def captured(module: nn.Module, *sizes: tuple[int, ...], dtype: torch.dtype = to
     return graph
 
 
+def products(graph: Rewritten) -> dict[str, int]:
+    """How often each operator of a product is called."""
+    return {name: graph.operators[name] for name in (LINEAR, FUSED) if graph.operators[name]}
+
+
 def ran(module: nn.Module, *inputs: Tensor, **options: Any) -> tuple[Rewritten, float]:
     """The graph with a CPU in the place of the GPU, and its error from the model with dequantized weights."""
     module.eval().requires_grad_(False)
@@ -65,20 +70,20 @@ class Gated(nn.Module):
 
 
 class Sandwich(nn.Module):
-    """A product followed by other operations, given as a function of it, of x and of a second product."""
+    """A product followed by other operations, given as a function of it, of x and of a second product, of another x."""
 
     def __init__(self, after: Any) -> None:
         super().__init__()
         self.linear, self.other, self.after = nn.Linear(24, 24), nn.Linear(24, 24), after
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.linear(x), x, self.other(x))
+        return self.after(self.linear(x), x, self.other(-x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_gated_layer_of_a_gpu_is_three_calls_and_nothing_else(dtype: torch.dtype) -> None:
+def test_a_gated_layer_of_a_gpu_is_two_calls_and_nothing_else(dtype: torch.dtype) -> None:
     graph = captured(Gated(), (3, 24), dtype=dtype)
-    assert graph.operators == {LINEAR: 1, FUSED: 2}
+    assert graph.operators == {FUSED: 2}
     assert graph.fusions == {"activation": 1, "gate": 1, "residual": 1}
     (output,) = graph.graph.graph.find_nodes(op="output")
     value = output.args[0][0].meta["example_value"]
@@ -94,8 +99,8 @@ def test_a_block_of_a_transformer_keeps_its_meaning(cpu_in_its_place: None) -> N
     torch.manual_seed(0)
     block = Block().eval().requires_grad_(False)
     graph, error = ran(block, torch.randn(2, 5, WIDTH))
-    assert graph.fusions == {"activation": 1, "gate": 1, "residual": 2} and error < 1e-5
-    assert graph.operators[LINEAR] == 4 and graph.operators[FUSED] == 3
+    assert graph.fusions == {"activation": 1, "gate": 1, "residual": 2, "siblings": 3} and error < 1e-5
+    assert graph.operators[LINEAR] == 0 and graph.operators[FUSED] == 4
     # Each pass in float64, and each operator within its bound.
     assert_equivalent(block, torch.randn(2, 5, WIDTH), OPTIONS, through_inductor=False)
 
@@ -104,9 +109,87 @@ def test_a_block_of_a_transformer_keeps_its_meaning(cpu_in_its_place: None) -> N
 @pytest.mark.parametrize("swapped", [False, True])
 def test_gates_are_fused(name: str, swapped: bool, cpu_in_its_place: None) -> None:
     graph, error = ran(Gated(ACTIVATIONS[name], swapped, bias=swapped), torch.randn(3, 24))
-    assert set(graph.operators) == {LINEAR, FUSED} - ({LINEAR} if swapped else set()) and error < 1e-5
-    assert graph.operators.total() == 3
+    assert graph.operators == {FUSED: 2} and error < 1e-5
     assert graph.fusions == {"activation": 1, "gate": 1, "residual": 1}
+
+
+class Siblings(nn.Module):
+    """Products of one x of different widths, read as attention reads them."""
+
+    def __init__(self, count: int = 3, bias: bool = True, first_bias: bool = True) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(24, 8 * (1 + i), bias=bias and (i > 0 or first_bias)) for i in range(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part(x).unflatten(-1, (-1, 8)).transpose(0, 1) for part in self.parts)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"codebook": "nf"}, {"activation_bits": 8}])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_one_x_are_one_call(options: dict[str, Any], bias: bool, cpu_in_its_place: None) -> None:
+    module, x = Siblings(bias=bias).eval().requires_grad_(False), torch.randn(5, 24)
+    (graph,) = rewrite(module, x, config=OPTIONS | options)
+    assert products(graph) == {FUSED: 1} and graph.fusions == {"siblings": 3}
+    assert [use.node.target for use, _ in graph.context.choices] == [torch.ops.kbit.fused_linear_triton.default] * 3
+    assert_equivalent(module, x, OPTIONS | options, through_inductor=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "calls"),
+    [
+        (Siblings(first_bias=False), {}, {LINEAR: 1, FUSED: 1}),  # one has no bias
+        (Siblings(), {"overrides": {"parts.0": {"bits": 3}}}, {LINEAR: 1, FUSED: 1}),
+        (Siblings(2), {"overrides": {"parts.0": {"group_size": 8}}}, {LINEAR: 2}),
+        (Siblings(9), {}, {FUSED: 1, LINEAR: 1}),  # a launch takes eight
+    ],
+)
+def test_only_matrices_of_one_kind_share_a_call(module: nn.Module, options: dict[str, Any], calls: dict[str, int]) -> None:
+    assert products(captured(module, (5, 24), **options)) == calls
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_layer_of_a_language_model_is_four_calls(kind: str, cpu_in_its_place: None) -> None:
+    """Queries, keys and values; the output with the residual sum; the gate and its factor; the way down with the residual sum."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+    config = transformers.AutoConfig.for_model(kind, num_key_value_heads=2, **shape)
+    layer = transformers.AutoModel.from_config(config).eval().layers[0].requires_grad_(False)
+    x, rotation = torch.randn(1, 5, 64), torch.randn(1, 5, 16)
+    (graph,) = rewrite(lambda x, angles: layer(x, position_embeddings=(angles, angles)), x, rotation, config=OPTIONS)
+    assert products(graph) == {FUSED: 4}
+    assert graph.fusions == {"activation": 1, "gate": 1, "siblings": 3, "residual": 2}
+
+
+class Normed(nn.Module):
+    """A norm as transformers spells it, or torch, in front of two products."""
+
+    def __init__(self, spelled: bool) -> None:
+        super().__init__()
+        self.spelled, self.weight = spelled, nn.Parameter(torch.rand(24) + 0.5)
+        self.first, self.second = nn.Linear(24, 40), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spelled:
+            wide = x.to(torch.float32)
+            normed = self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        else:
+            normed = functional.rms_norm(x, (24,), self.weight, 1e-5)
+        return self.first(normed), self.second(normed)
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("rounding", "norms"), [(8, 1), ("fp8", 1), (16, 0)])
+def test_norms_are_fused_where_activations_are_rounded(spelled: bool, dtype: torch.dtype, rounding: Any, norms: int) -> None:
+    graph = captured(Normed(spelled), (3, 24), dtype=dtype, activation_bits=rounding)
+    assert (graph.fusions["norm"], graph.fusions["siblings"]) == (norms, 2)
+    operators = {name for name in graph.operators if "placeholder" not in name}
+    assert (operators == {FUSED, "narrow"}) == bool(norms)  # nothing is left of the norm
+
+
+def test_a_fused_norm_keeps_its_meaning(cpu_in_its_place: None) -> None:
+    torch.manual_seed(0)
+    assert_equivalent(Normed(True).eval(), torch.randn(3, 24), OPTIONS | {"activation_bits": 8}, through_inductor=False)
 
 
 FUSED_ONCE = {

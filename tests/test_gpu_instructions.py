@@ -53,6 +53,13 @@ def test_bfloat16_takes_no_more_than_reading_allows_but_at_2_bits(bits):
     assert ALL["sm_90", "bfloat16", bits, 1]["per_weight"] <= (1.9 if bits == 2 else MOST_PER_WEIGHT[bits])
 
 
+def test_instructions_of_an_amd_gpu_are_counted():
+    """Those of a wavefront; products are matrix instructions, and nothing is moved to a code but by shift, and, and or."""
+    for bits in range(1, 9):
+        kinds = RECORDS["gfx942", bits, 1]["kinds"]
+        assert any(kind.startswith("v_mfma") for kind in kinds) and not any("scratch" in kind for kind in kinds)
+
+
 def test_counting_takes_fewer_instructions_than_multiplying():
     """At 1 bit, where an H200 can execute 0.875 instructions while it reads a weight."""
     assert ALL["sm_90", "1 bits", 1, 1]["per_weight"] <= 0.875
@@ -71,3 +78,11 @@ def test_the_table_is_what_is_compiled(target, bits, rows):
     assert kernel.spill_bytes == 0
     assert set(re.findall(r"LDGSTS\S*", kernel.sass)) == {"LDGSTS.E.BYPASS.128"}
     assert ("HGMMA" in kernel.main_loop) == (rows == 256 and target == "sm_90")
+
+
+@compiled
+@pytest.mark.parametrize("more", [{"matrices": 3}, {"matrices": 2, "gated": True}], ids=["siblings", "gated"])
+def test_several_matrices_add_nothing_to_the_loop(more):
+    kernel, weights = compile_product("sm_80", 4, 1, **more)
+    assert kernel.spill_bytes == 0 and kernel.guarded_accesses == 0
+    assert len(kernel.main_loop) / weights <= 1.05 * RECORDS["sm_80", 4, 1]["per_weight"]

@@ -113,7 +113,8 @@ def test_tensors_on_another_device_are_named() -> None:
     with pytest.raises(kbit.WrongDeviceError, match="bias of the packed layer on meta"):
         gpu._linear(here, *packed, torch.zeros(12, device="meta"), 4, 32, codebook)
     with pytest.raises(kbit.WrongDeviceError, match="residual"):
-        gpu._fused_linear(here, *packed, None, 4, 32, codebook, "", None, x[:, :12])
+        lists = ([] if each is None else [each] for each in (*packed, None, codebook))
+        gpu._fused_linear(here, None, 0.0, *lists, 4, 32, "", False, None, x[:, :12], 16)
     with pytest.raises(kbit.WrongDeviceError, match="the input is on meta"):
         gpu._embedding(torch.zeros(2, dtype=torch.int64, device="meta"), *packed, 64, 4, 32, torch.float16, codebook)
 
@@ -165,3 +166,25 @@ def test_packed_modules_call_the_kernels_of_a_gpu(codebook: str, cpu_in_its_plac
     assert state["1.weight.planes"].shape == (3, 32, 8) and state["1.weight.scale"].shape == (32, 2)
     model.load_state_dict(state)
     assert relative_error(model(ids), expected) < 1e-5
+
+
+def test_a_product_that_does_not_fit_is_cut_smaller_and_the_log_says_so_once(caplog):
+    from triton.runtime.errors import OutOfResources
+
+    from kbit_inductor.kernels.triton.config import Config
+    from kbit_inductor.lowering.errors import OutOfSharedMemoryError
+    from kbit_inductor.lowering.fitting import launch_fitting
+
+    def launch(config):
+        if config.num_stages * config.block_n * config.block_m > room:
+            raise OutOfResources(config.num_stages, room, "shared memory")
+        return torch.tensor([config.block_n, config.block_m])
+
+    room, device = 2000, torch.device("cuda", 0)
+    for _ in range(2):
+        assert launch_fitting(launch, Config(64, 128, 2), device).tolist() == [32, 32]
+    (record,) = caplog.records
+    assert "shared memory" in record.message and "block_m=32, block_n=32" in record.message
+    room = 0
+    with pytest.raises(OutOfSharedMemoryError, match="skip the layer"):
+        launch_fitting(launch, Config(64, 128, 2), device)

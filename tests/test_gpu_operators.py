@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kbit_inductor import LayerConfig, backend
+from kbit_inductor.kernels.layout import FP8
 from kbit_inductor.kernels.reference import round_activations
 from kbit_inductor.lowering.gpu import dequantize_words
 from kbit_inductor.lowering.registry import KERNELS, Choice, Problem, choose
@@ -70,7 +71,7 @@ def test_gradients_pass_through(on_cpu):
     torch.testing.assert_close(again[0], torch.nn.functional.linear(x.detach(), packed.dequantize()))
 
 
-@pytest.mark.parametrize(("wanted", "given"), [("auto", 16), (16, 16), (8, 8), (3, 3)])
+@pytest.mark.parametrize(("wanted", "given"), [("auto", 16), (16, 16), (8, 8), (3, 3), ("fp8", FP8)])
 def test_activations_are_rounded_when_asked(on_cpu, monkeypatch, wanted, given):
     """On a GPU "auto" means not at all. The weight is made to look as if it were on one."""
     monkeypatch.setattr(lower, "choose", lambda *_: Choice(TRITON, ()))
@@ -189,11 +190,14 @@ def test_fakes_give_the_shapes_of_results():
             torch.empty(1),
         )
         y = torch.ops.kbit.linear_triton(x, words, scale, None, one, None, 4, 32)
-        fused = torch.ops.kbit.fused_linear_triton(x, words, scale, None, one, None, 4, 32, None, "silu", y, y)
+        lists = ([words] * 2, [scale] * 2, [], [one] * 2, [], [])
+        wide = torch.ops.kbit.fused_linear_triton(x, None, 0.0, *lists, 4, 32, "silu", False, None, None, 16)
+        fused = torch.ops.kbit.fused_linear_triton(x, None, 0.0, *lists, 4, 32, "silu", True, None, y, 16)
         rows = torch.ops.kbit.embedding_triton(
             torch.empty(5, dtype=torch.int64), words, scale, None, one, 64, 4, 32, torch.bfloat16
         )
     assert (y.shape, y.dtype) == (fused.shape, fused.dtype) == (stacked.shape, stacked.dtype) == ((2, 3, 20), torch.float16)
+    assert (wide.shape, wide.dtype) == ((2, 3, 40), torch.float16)
     assert (rows.shape, rows.dtype) == ((5, 64), torch.bfloat16)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from kbit_inductor.kernels import reference
-from kbit_inductor.kernels.layout import group_count, midpoint, pack_codes
+from kbit_inductor.kernels.layout import FP8, group_count, midpoint, pack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words
 from kbit_inductor.lowering import gpu
 from kbit_inductor.lowering.gpu import dequantize_words
@@ -40,7 +40,9 @@ from kbit_inductor.kernels.triton import grouped as triton_grouped
 from kbit_inductor.kernels.triton import linear as triton_linear
 from kbit_inductor.kernels.triton import quantize as triton_quantize
 from kbit_inductor.kernels.triton.config import FLOAT_ROWS, Config
-from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS
+from kbit_inductor.kernels.triton.epilogue import ACTIVATIONS, Epilogue
+from kbit_inductor.kernels.triton.launch import Matrix
+from kbit_inductor.kernels.triton.norm import Norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled")
@@ -50,7 +52,7 @@ UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, 
 EXAMPLES = int(os.environ.get("KBIT_TEST_EXAMPLES", "45"))
 SUMS = 2**-24 if INTERPRETED else 2**-23  # of float32 sums: tensor cores truncate where they add
 DTYPES = st.sampled_from(list(UNIT))
-ACTIVATION_BITS = st.sampled_from([16, 16, 1, 4, 8])
+ACTIVATION_BITS = st.sampled_from([16, 16, 1, 4, 8, FP8])
 
 
 # ---- strategies
@@ -182,6 +184,10 @@ def config_named(name: str, layout: WordLayout) -> Config | None:
     config=CONFIGS,
     activation_bits=ACTIVATION_BITS,
 )
+@example(
+    bits=6, columns=150, group_size=32, symmetric=False, exponent=0, seed=0, m=3, n=20, dtype=torch.float16, codebook=False,
+    bias=None, strides="contiguous", config="split", activation_bits=16,
+)  # fmt: skip
 def check_linear(
     bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config, activation_bits
 ):  # fmt: skip
@@ -211,7 +217,8 @@ def check_epilogue(dtype, activation, bias, factor, residual, config, m, n, size
     bias_, factor_, residual_ = (
         torch.randn(shape).to(dtype) if wanted else None for shape, wanted in ((n, bias), ((m, n), factor), ((m, n), residual))
     )
-    actual = triton_linear.linear(x, *words, bias_, 4, 32, None, activation, factor_, residual_, config=chosen)
+    behind = Epilogue(activation, factor=factor_, residual=residual_)
+    actual = triton_linear.fused_linear(x, (Matrix(*words, None, bias_),), 4, 32, None, behind, config=chosen)
 
     exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias_, 32)
     functions = {"": lambda y: y, "relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
@@ -224,6 +231,73 @@ def check_epilogue(dtype, activation, bias, factor, residual, config, m, n, size
         wanted = wanted + residual_.double()
         level = level + 2**-23 * residual_.double().abs()
     assert ((actual.double() - wanted).abs() <= UNIT[dtype] * wanted.abs() + (1 + UNIT[dtype]) * level + 2**-25).all()
+
+
+def rounded_norm(x: Tensor, norm: Norm, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """The norm of ``x`` ``[M, K]`` as it is rounded, and how far off a kernel's may be, float64.
+
+    A float32 sum of K squares, a root, and a few products are off by ``(K + 16) u``, and so is the step. What is then on the other
+    side of the middle of two steps becomes the next of them.
+    """
+    normed = functional.rms_norm(x.double(), x.shape[-1:], norm.weight.double(), norm.eps)
+    if bits == FP8:
+        step, to_nearest = normed.abs().amax(1, keepdim=True) / 448, lambda t: t.clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    else:
+        largest = [part.abs().amax(1, keepdim=True).expand_as(part) for part in normed.split(group_size, 1)]
+        step, to_nearest = torch.cat(largest, 1) / (2 ** (bits - 1) - 1), torch.round
+    off = 2 * (x.size(1) + 16) * 2**-24
+    steps = normed / step.clamp_min(2**-126)
+    low, middle, high = (to_nearest(steps * factor) * step for factor in (1 - off, 1, 1 + off))
+    return middle, (high - low).abs() + off * middle.abs()
+
+
+@settings(max_examples=min(25, EXAMPLES), deadline=None, print_blob=True)
+@given(
+    bits=st.integers(1, 8), rows=st.lists(st.integers(1, 40), min_size=1, max_size=3), gated=st.booleans(), norm=st.booleans(),
+    symmetric=st.booleans(), bias=st.booleans(), activation_bits=st.sampled_from([16, 16, 8, FP8]), held=st.booleans(),
+    config=CONFIGS, dtype=DTYPES, m=st.integers(1, 20), columns=st.integers(1, 150), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def check_several_matrices(
+    bits, rows, gated, norm, symmetric, bias, activation_bits, held, config, dtype, m, columns, seed
+):  # fmt: skip
+    """In one launch what each gives in its own, bit by bit, and within the bound with a norm in front or a gate behind."""
+    torch.manual_seed(seed)
+    rows = rows[:1] * 2 if gated else rows
+    grids = [packed_weight(n, columns, bits, 32, symmetric, i)[:2] for i, n in enumerate(rows)]
+    biases = [torch.randn(n) if bias else None for n in rows]
+    matrices = [Matrix(*as_words(*grid, bits, 32), None, each) for grid, each in zip(grids, biases, strict=True)]
+    x, behind = torch.randn(m, columns).to(dtype), Epilogue("silu" if gated else "", gated)
+    told = {"activation_bits": activation_bits, "config": config_named(config, WordLayout.of(bits, columns, 32))}
+    before = Norm(torch.rand(columns).to(dtype) + 0.5, 1e-5) if norm and activation_bits != 16 else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "takes_fp8", lambda x: held)  # 8-bit floats as they are, or held by float16
+        together = triton_linear.fused_linear(x, matrices, bits, 32, before, behind, **told)
+        if before is None and not gated and told["config"] is not None:
+            apart = [triton_linear.fused_linear(x, [each], bits, 32, **told) for each in matrices]
+            assert torch.equal(together, torch.cat(apart, -1))
+    wide, off = x.double(), torch.zeros(m, columns, dtype=torch.float64)
+    if activation_bits != 16:
+        wide = reference.round_activations(x, 32, activation_bits)
+    if before is not None:
+        wide, off = rounded_norm(x, before, 32, activation_bits)
+    told = (bits, activation_bits < 16)
+    exact, level = zip(*(several_bound(x, wide, off, *each, *told) for each in zip(grids, biases, strict=True)), strict=True)
+    if gated:  # no slope of silu exceeds 1.1
+        first, error = functional.silu(exact[0]), 1.1 * level[0] + 2**-21 * exact[0].abs()
+        wanted, slack = first * exact[1], error * (exact[1].abs() + level[1]) + (first.abs() + error) * level[1]
+    else:
+        wanted, slack = torch.cat(exact, -1), torch.cat(level, -1)
+    assert ((together.double() - wanted).abs() <= (UNIT[dtype] + 2**-23) * wanted.abs() + (1 + UNIT[dtype]) * slack + 2**-25).all()
+
+
+def several_bound(x, wide, off, grid, bias, bits, rounded):
+    """A product of the float64 ``wide``, off by ``off``, with a weight in groups of 32, and how far float32 sums may be off."""
+    packed, codes = grid
+    exact = reference.linear(wide, pack_codes(codes, bits), *packed, None if bias is None else bias.double(), 32)
+    weight = reference.dequantize(pack_codes(codes, bits), *packed, codes.size(1), 32, torch.float64)
+    bias = None if bias is None else bias.double()
+    level = linear_bound((wide.abs() + off).to(x.dtype), packed, codes.double(), bits, 32, exact * 0, bias, rounded)
+    return exact, level + off @ weight.abs().t()
 
 
 def check_split_sums_do_not_depend_on_the_order_of_programs():
@@ -381,10 +455,15 @@ def check_many_rows_are_multiplied_by_a_float_weight():
     try:
         actual = gpu._linear(x, *words, bias, 4, 16)
         assert seen == [2, 2, 1]
+        lists = ([each] for each in (*words, bias))
+        fused = gpu._fused_linear(x, None, 0.0, *lists, [], 4, 16, "silu", False, actual, actual, 16)
+        assert seen == [2, 2, 1] * 2
         gpu._linear(x.flatten(0, 1)[1:], *words, bias, 4, 16)
-        assert seen == [2, 2, 1]
+        assert seen == [2, 2, 1] * 2
     finally:
         triton_dequantize.dequantize, triton_dequantize.WEIGHTS_AT_ONCE = original, 1 << 26
+    behind = (functional.silu(actual.float()) * actual + actual).double()
+    assert ((fused.double() - behind).abs() <= UNIT[x.dtype] * behind.abs() + 2**-20 * (1 + actual.double().square())).all()
     exact = reference.linear(x.double(), pack_codes(codes, 4), *grid, bias, 16)
     weight = reference.dequantize(pack_codes(codes, 4), *grid, 32, 16).double()
     bound = linear_bound(x, grid, codes.double(), 4, 16, exact, bias.double())
@@ -448,7 +527,7 @@ def test_other_dtypes_and_activations_are_refused():
     with pytest.raises(TypeError, match="float64"):
         triton_linear.linear(torch.zeros(1, 8, dtype=torch.float64), *words, None, 4, 8)
     with pytest.raises(ValueError, match="softsign"):
-        triton_linear.linear(torch.zeros(1, 8), *words, None, 4, 8, activation="softsign")
+        triton_linear.fused_linear(torch.zeros(1, 8), (Matrix(*words),), 4, 8, epilogue=Epilogue("softsign"))
     with pytest.raises(TypeError, match="float64"):
         triton_embedding.embedding(torch.zeros(1, dtype=torch.int64), *words, 8, 4, 8, torch.float64)
 
@@ -462,6 +541,14 @@ def test_shifts_at_compile_time_are_those_of_the_layout(bits):
         assert unpack.first_tile(plane.width, bits, layout.block_pieces) == plane.first_tile
         pieces = 16 // plane.width
         assert all(unpack.shift_of(i, bits, plane.width) == plane.shifts[i % pieces] for i in range(layout.block_pieces))
+
+
+@pytest.mark.parametrize("half", [tl.float16, tl.bfloat16])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_codes_whose_products_are_added_up_begin_at_the_same_bit(bits, half):
+    """Two pieces of a group have one scale, and one term for what a float is more than its code."""
+    first = [unpack.mantissa_bit(i, bits, half, True, True) for i in range(WordLayout.of(bits, 4096, 64).block_pieces)]
+    assert first[::2] == first[1::2] and max(first) <= (10 if half == tl.float16 else 7) - bits
 
 
 # Two words at a time are extracted by PTX, which the interpreter cannot run: the compiled instructions are run here instead.
@@ -579,6 +666,7 @@ if __name__ == "__main__":
         check_split_sums_do_not_depend_on_the_order_of_programs()
     elif sys.argv[1] == "epilogue":
         check_epilogue()
+        check_several_matrices()
         check_grouped()
         check_batched()
         check_a_graph_of_fused_products()

@@ -342,7 +342,7 @@ def test_a_launch_takes_the_tuned_configuration(monkeypatch: pytest.MonkeyPatch)
         return TWO
 
     monkeypatch.setattr(gpu, "config_for", config_for)
-    monkeypatch.setattr(module, "linear", lambda *operands: launched.append(operands[-1]))
+    monkeypatch.setattr(module, "fused_linear", lambda *operands: launched.append(operands[-1]))
     config = kbit.LayerConfig(bits=3, group_size=32, symmetric=True)
     operands = pack(torch.randn(24, 64), config, layout="words").operands
     words, scale, one = operands

@@ -92,6 +92,7 @@ def compile_one(problem: Problem, m: int, config: Config) -> object:
     """The kernel that :func:`~kbit_inductor.lowering.tuner.gpu_timer.gpu_timer` launches; nothing is allocated or launched."""
     from kbit_inductor.kernels.layout import group_count
     from kbit_inductor.kernels.triton import launch, linear
+    from kbit_inductor.kernels.triton.epilogue import NOTHING
     from kbit_inductor.kernels.words import WordLayout
 
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
@@ -100,7 +101,7 @@ def compile_one(problem: Problem, m: int, config: Config) -> object:
         scale = torch.empty(group_count(problem.columns, problem.group_size), problem.rows, dtype=torch.float16)
         x = launch.activations(torch.empty(m, problem.columns, dtype=problem.dtype), layout, config, launch.NOT_ROUNDED)
         out, one = torch.empty(m, problem.rows, dtype=problem.dtype), torch.empty(1)
-        packed = (words, scale, scale, one, None)
-        arguments = linear.launch_arguments(x, layout, *packed, None, "", None, None, out, config, torch.version.hip is None)
+        matrix = launch.Matrix(words, scale, scale, one)
+        arguments = linear.launch_arguments(x, layout, [matrix], NOTHING, out, config, torch.version.hip is None)
     linear.linear_kernel.warmup(**arguments, grid=(1,))
     return None

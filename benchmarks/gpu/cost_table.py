@@ -22,6 +22,7 @@ LOOPS = {1: "unrolled", 256: "stepped"}  # rows of x: the loop of the kernel tha
 ACTIVATIONS = ("float16", "bfloat16", "int8")
 COUNTED = {"int8": ("IMMA", "IGMMA", "FFMA", "I2FP", "FMUL")}
 COUNTED_OF_FLOATS = ("HMMA", "HGMMA", "FFMA")
+COUNTED_OF_AMD = ("v_mfma", "v_fma", "v_pk_fma")  # begin so
 
 
 def table() -> dict[str, Any]:
@@ -32,7 +33,8 @@ def table() -> dict[str, Any]:
         row = {"registers": record["registers"]}
         if "kinds" in record:
             counted = COUNTED.get(record["x"], COUNTED_OF_FLOATS)
-            rest = sum(count for kind, count in record["kinds"].items() if kind not in counted)
+            kinds = record["kinds"].items()
+            rest = sum(count for kind, count in kinds if kind not in counted and not kind.startswith(COUNTED_OF_AMD))
             row["per_weight"] = round(rest / record["weights"], 3)
         loops = found.setdefault(record["target"], {}).setdefault(record["x"], {})
         loops.setdefault(LOOPS[record["rows"]], {})[str(record["bits"])] = row

@@ -45,8 +45,10 @@ def _both(session: Session, shape: tuple[int, int], bits: int, inputs: int) -> R
         *product, codebook = plane_operands(operands, config)
         told = (bits, GROUP, codebook)
         plain.append(functools.partial(torch.ops.kbit.linear_triton.default, x, *product, None, *told))
-        behind = ("silu", factor, residual)
-        fused.append(functools.partial(torch.ops.kbit.fused_linear_triton.default, x, *product, bias, *told, *behind))
+        words, scale, offset, one = ([] if operand is None else [operand] for operand in product)
+        behind = (bits, GROUP, "silu", False, factor, residual, 16)
+        call = torch.ops.kbit.fused_linear_triton.default
+        fused.append(functools.partial(call, x, None, 0.0, words, scale, offset, one, [bias], [], *behind))
     seconds = {"plain_seconds": session.clock.seconds(plain), "fused_seconds": session.clock.seconds(fused)}
     return {**seconds, "cost": seconds["fused_seconds"] / seconds["plain_seconds"] - 1}
 

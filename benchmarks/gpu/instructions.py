@@ -19,6 +19,7 @@ from kbit_inductor.kernels.layout import WORD_COLUMNS, group_count
 from kbit_inductor.kernels.triton import aot, launch, linear, quantize
 from kbit_inductor.kernels.triton import bits as counting
 from kbit_inductor.kernels.triton.config import Config, Device, default_config
+from kbit_inductor.kernels.triton.epilogue import NOTHING, Epilogue
 from kbit_inductor.kernels.words import WordLayout
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_instructions.json"
@@ -48,22 +49,26 @@ def compile_product(
     codebook: bool = False,
     rounded: bool = False,
     config: Config | None = None,
+    matrices: int = 1,
+    gated: bool = False,
 ) -> tuple[aot.CompiledKernel, float]:
     """The kernel that a product of ``rows`` rows launches, and the weights of a thread in one pass of its main loop."""
     layout = WordLayout.of(bits, k, group_size)
-    config = config or default_config(rows, n, layout, torch.int8 if rounded else dtype, DEVICES[target])
+    config = config or default_config(rows, n * matrices, layout, torch.int8 if rounded else dtype, DEVICES[target])
     with torch.device("meta"):
         words = torch.empty(n, layout.row_words, dtype=torch.int16)
         scale = torch.empty(group_count(k, group_size), n, dtype=torch.float16)
         levels = torch.empty(2**bits, dtype=torch.uint8) if codebook else None
-        out, bias = torch.empty(rows, n, dtype=dtype), None if symmetric else torch.empty(n, dtype=dtype)
-        packed = (words, scale, None if symmetric else scale, torch.empty(1), levels)
+        out = torch.empty(rows, n if gated else n * matrices, dtype=dtype)
+        bias = None if symmetric else torch.empty(n, dtype=dtype)
+        matrix = launch.Matrix(words, scale, None if symmetric else scale, torch.empty(1), levels, bias)
         if rounded:
             x = quantize.empty_activations(rows, layout, launch.span_pieces(layout, config), torch.device("meta"))
         else:
             x = launch.activations(torch.empty(rows, k, dtype=dtype), layout, config, launch.NOT_ROUNDED)
         ptx = not target.startswith("gfx")
-        arguments = linear.launch_arguments(x, layout, *packed, bias, "", None, None, out, config, ptx)
+        behind = Epilogue("silu", gated=True) if gated else NOTHING
+        arguments = linear.launch_arguments(x, layout, [matrix] * matrices, behind, out, config, ptx)
     kernel = aot.compile_ahead(linear.linear_kernel, arguments, target)
     threads = config.num_warps * aot.TARGETS[target].warp_size
     return kernel, config.block_n * config.steps * layout.piece / threads
@@ -87,11 +92,11 @@ def compile_counting(target: str, bits: int, activation_bits: int) -> tuple[aot.
 
 def describe(kernel: aot.CompiledKernel, weights: float) -> dict[str, object]:
     record: dict[str, object] = {"registers": kernel.registers, "spill_bytes": kernel.spill_bytes}
+    loop = Counter(kernel.main_loop)
+    record |= {"weights": weights, "per_weight": round(loop.total() / weights, 3)}
     if "cubin" in kernel.asm:
-        loop = Counter(kernel.main_loop)
-        record |= {"weights": weights, "per_weight": round(loop.total() / weights, 3), "guarded": kernel.guarded_accesses}
-        record |= {"kinds": dict(loop.most_common())}
-    return record
+        record["guarded"] = kernel.guarded_accesses
+    return record | {"kinds": dict(loop.most_common())}
 
 
 def records(targets: Sequence[str]) -> Iterator[dict[str, object]]:

@@ -132,11 +132,11 @@ def _fused(
 
 
 def _fused_words(
-    dense: Dense, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
-    bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
-    activation_bits: int = 16,
+    dense: Dense, x: Tensor, norm_weight: Tensor | None, eps: float, words: Sequence[Tensor], scale: Any, offset: Any,
+    global_scale: Any, bias: Sequence[Tensor], codebook: Any, bits: int, group_size: int, activation: str, gated: bool,
+    factor: Tensor | None, residual: Tensor | None, activation_bits: int,
 ) -> Tensor:  # fmt: skip
-    y = ACTIVATIONS[activation](_linear(x, dense[id(words)], bias))
+    y = _fused(dense, x, norm_weight, eps, words, bias or [None] * len(words), (), activation, gated, None, activation_bits)
     y = y if factor is None else y * factor.double()
     return y if residual is None else residual.double() + y
 

@@ -23,6 +23,7 @@ from kbit_inductor.passes.patterns import (
     activation_of,
     alike,
     attention_arguments,
+    erase_dead,
     is_constant,
     rms_norm,
     unsliced,
@@ -233,7 +234,7 @@ class _Fusion:
         call.x, call.norm_weight, call.eps = x, weight, eps
         with self.graph.inserting_before(node):
             self.replace(node, self.call(call, node, node.meta[VALUE]))
-        _erase_dead(self.graph, normed)
+        erase_dead(self.graph, normed)
         self.done["norm"] += 1
 
     # Attention of a few queries over a cache: PyTorch's kernel is made for many.
@@ -259,13 +260,3 @@ def _is_half(node: Any, half: int) -> bool:
 
 def _only_user(node: Any) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase ``node`` and what only it used, if nothing uses it."""
-    if node.users or node.op not in ("call_function", "call_method"):
-        return
-    operands = node.all_input_nodes
-    graph.erase_node(node)
-    for operand in operands:
-        _erase_dead(graph, operand)

@@ -16,6 +16,7 @@ from kbit_inductor.kernel_registry import kernels
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import Choice, choose
+from kbit_inductor.lowering.requirements import fp8_problem
 from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.store import Form, Slot, form
 
@@ -78,7 +79,18 @@ def _choose(context: Context, use: Use) -> Choice:
     )
     if not choice.kernel.rounds and layer.activation_bits not in ("auto", 16):
         context.explain(use.weight, f"activations stay in float: kernel {choice.kernel.name} takes no activation_bits")
+    if layer.activation_bits == "fp8" and (slower := _no_fp8(use, choice)) is not None:
+        context.explain(use.weight, slower)
     return choice
+
+
+def _no_fp8(use: Use, choice: Choice) -> str | None:
+    """What is done in place of products of 8-bit floats, where there are none."""
+    device = use.weight.value.device
+    if device.type == "cpu":
+        return "activations are rounded to integers of 8 bits, not to 8-bit floats: the weight is on a CPU"
+    why = fp8_problem(device.index or 0)
+    return None if why is None or not choice.kernel.rounds else f"8-bit floats are multiplied as float16, which is slower: {why}"
 
 
 def _activation_bits(use: Use) -> int:

@@ -1,6 +1,6 @@
 """What a node of a graph of Dynamo's or of torch.export computes, however it is spelled: activations, RMS norms, attention.
 
-Nothing here changes a graph; :mod:`kbit_inductor.passes.fuse` does.
+Nothing here changes a graph but :func:`erase_dead`; :mod:`kbit_inductor.passes.fuse` and ``epilogue`` do.
 """
 
 from __future__ import annotations
@@ -96,37 +96,40 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or str(a) == str(b)  # without a guard on symbolic sizes
 
 
-def rms_norm(node: Any) -> tuple[fx.Node, fx.Node, float] | None:
-    """``(x, weight, eps)`` when ``node`` is the RMS norm of x over its last dimension, as transformers and torch spell it."""
+def rms_norm(node: Any, halves: bool = False) -> tuple[fx.Node, fx.Node, float] | None:
+    """``(x, weight, eps)`` when ``node`` is the RMS norm of x over its last dimension, as transformers and torch spell it.
+
+    With ``halves`` that of a float16 or bfloat16 x too, computed in float32, whose roundings between its steps are then lost.
+    """
     if not isinstance(node, fx.Node):
         return None
     if node.target is functional.rms_norm or node.target is torch.rms_norm:
-        return _torch_rms_norm(node)
+        return _torch_rms_norm(node, halves)
     weight, scaled = _pair(node, MULTIPLY, lambda n: isinstance(n, fx.Node) and n.op == "placeholder")
-    scaled = _uncast(scaled)
+    scaled = _uncast(scaled, halves)
     x, inverse = _pair(scaled, MULTIPLY, lambda n: not _is_rsqrt(n))
     if weight is None or x is None or not _is_rsqrt(inverse):
         return None
     mean, eps = _pair(inverse.args[0], ADD, lambda n: isinstance(n, fx.Node))
     if not isinstance(eps, float) or not _is_mean_square(mean, x):
         return None
-    return _float32_norm(_uncast(x), weight, eps)
+    return _norm_of(node, _uncast(x, halves), weight, eps, halves)
 
 
-def _torch_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+def _torch_rms_norm(node: fx.Node, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
     arguments = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | dict(node.kwargs)
     x, weight, eps = arguments.get("input"), arguments.get("weight"), arguments.get("eps")
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not isinstance(eps, float):
         return None
-    return _float32_norm(x, weight, eps)
+    return _norm_of(node, x, weight, eps, halves)
 
 
-def _float32_norm(x: Any, weight: Any, eps: float) -> tuple[fx.Node, fx.Node, float] | None:
-    """The norm if all of it is float32: with other dtypes the roundings between its steps would be lost."""
+def _norm_of(node: fx.Node, x: Any, weight: Any, eps: float, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
+    """The norm that ``node`` is, if all of it is of one dtype: float32, or with ``halves`` any."""
     if not (is_constant(x) and is_constant(weight)):
         return None
     a, b = x.meta[VALUE], weight.meta[VALUE]
-    fits = a.dtype == b.dtype == torch.float32 and b.dim() == 1
+    fits = alike(node, x) and a.dtype == b.dtype and a.dtype in (FLOATS if halves else (torch.float32,)) and b.dim() == 1
     return (x, weight, eps) if fits and a.shape[-1] == b.shape[0] else None
 
 
@@ -165,10 +168,25 @@ def unsliced(node: Any) -> Any:
     return node
 
 
-def _uncast(node: Any) -> Any:
-    """What ``node`` casts, when the cast changes nothing: Dynamo records ``x.to(float32)`` of a float32 tensor too."""
+def _uncast(node: Any, halves: bool) -> Any:
+    """What ``node`` casts, when the cast changes nothing: Dynamo records ``x.to(float32)`` of a float32 tensor too.
+
+    With ``halves`` also between floats.
+    """
     while isinstance(node, fx.Node) and node.target in CASTS and isinstance(node.args[0], fx.Node):
-        if not alike(node, node.args[0]):
+        value, source = value_of(node), value_of(node.args[0])
+        between = halves and value is not None and source is not None and {value.dtype, source.dtype} <= set(FLOATS)
+        if not (between or alike(node, node.args[0])):
             break
         node = node.args[0]
     return node
+
+
+def erase_dead(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase ``node`` and what only it used, if nothing uses it."""
+    if node.users or node.op not in ("call_function", "call_method"):
+        return
+    operands = node.all_input_nodes
+    graph.erase_node(node)
+    for operand in operands:
+        erase_dead(graph, operand)

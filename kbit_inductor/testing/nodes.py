@@ -136,12 +136,21 @@ def _fused(
 
 
 def _fused_words(
-    grids: Any, x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None,
-    bits: int, group_size: int, codebook: Tensor | None, activation: str, factor: Tensor | None, residual: Tensor | None,
-    activation_bits: int = 16,
+    grids: Any, x: Tensor, norm_weight: Tensor | None, eps: float, words: Sequence[Tensor], scale: Any, offset: Any,
+    global_scale: Any, bias: Sequence[Tensor], codebook: Any, bits: int, group_size: int, activation: str, gated: bool,
+    factor: Tensor | None, residual: Tensor | None, activation_bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    told: Sequence[Tensor | None] = bias or [None] * len(words)
+    dtype, rounding, spread = x.dtype, _rounding(activation_bits), None
+    if norm_weight is not None:
+        x = functional.rms_norm(x.double(), x.shape[-1:], norm_weight.double(), eps).float()
+        spread = (x.shape[-1] + 16) * UNIT
+    parts = [_part(x, grids[id(weight)], one, rounding, spread) for weight, one in zip(words, told, strict=True)]
+    if gated:
+        return _epilogue(*parts[0], activation, parts[1], residual, dtype)
     gate = None if factor is None else (factor.double(), torch.zeros_like(factor, dtype=torch.float64))
-    return _epilogue(*product(x, grids[id(words)], bias, _rounding(activation_bits)), activation, gate, residual, x.dtype)
+    first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    return _epilogue(first, slack, activation, gate, residual, dtype)
 
 
 def _epilogue(
@@ -159,10 +168,10 @@ def _epilogue(
     return exact, rounded(exact, bound, dtype)
 
 
-def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int, spread: float | None) -> tuple[Tensor, Tensor]:
+def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int | None, spread: float | None) -> tuple[Tensor, Tensor]:
     """A product whose ``x`` is known to the relative ``spread``: near the middle of a step it may be rounded either way."""
     exact, bound = product(x, grid, bias, bits)
-    if spread is not None:
+    if spread is not None and bits is not None:
         rows = x.reshape(-1, x.shape[-1])
         ends = [reference.round_activations(rows * (1 + sign * spread), grid.group_size, bits) for sign in (-1, 1)]
         either = (ends[1] - ends[0]).abs() + spread * rows.double().abs()

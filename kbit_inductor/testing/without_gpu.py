@@ -49,21 +49,27 @@ def _linear(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
     group_size: int, codebook: Tensor | None = None, activation_bits: int = 16,
 ) -> Tensor:  # fmt: skip
-    packed = (words, scale, offset, global_scale)
-    return _fused(x, *packed, bias, bits, group_size, codebook, "", None, None, activation_bits)
-
-
-def _fused(
-    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None = None, activation: str = "", factor: Tensor | None = None,
-    residual: Tensor | None = None, activation_bits: int = 16,
-) -> Tensor:  # fmt: skip
     if activation_bits < 16:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         x = reference.round_activations(rows, group_size, activation_bits).view(x.shape).to(x.dtype)
     weight = dequantize_words(words, scale, offset, global_scale, bits, x.shape[-1], group_size, codebook)
-    y = functional.linear(x.float(), weight, None if bias is None else bias.float())
-    y = ACTIVATIONS[activation](y)
+    return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _fused(
+    x: Tensor, norm_weight: Tensor | None, eps: float, words: list[Tensor], scale: list[Tensor], offset: list[Tensor],
+    global_scale: list[Tensor], bias: list[Tensor], codebook: list[Tensor], bits: int, group_size: int, activation: str,
+    gated: bool, factor: Tensor | None, residual: Tensor | None, activation_bits: int,
+) -> Tensor:  # fmt: skip
+    nothing = [None] * len(words)
+    wide = x.float() if norm_weight is None else functional.rms_norm(x.float(), x.shape[-1:], norm_weight.float(), eps)
+    parts = [
+        _linear(wide, w, s, o, g, b, bits, group_size, c, activation_bits)
+        for w, s, o, g, b, c in zip(
+            words, scale, offset or nothing, global_scale, bias or nothing, codebook or nothing, strict=True
+        )
+    ]
+    y = ACTIVATIONS[activation](parts[0]) * parts[1] if gated else ACTIVATIONS[activation](torch.cat(parts, dim=-1))
     y = y if factor is None else y * factor
     return (y if residual is None else residual + y).to(x.dtype)
 

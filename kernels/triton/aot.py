@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import triton
@@ -37,6 +37,7 @@ _POINTER_TYPES = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -68,15 +69,16 @@ class CompiledKernel:
 
     @cached_property
     def _instructions(self) -> tuple[list[str], dict[str, int]]:
-        """Those of the SASS, and where each label of it points."""
+        """Those of the SASS or of the AMDGCN assembly, and where each label of it points."""
         instructions: list[str] = []
         labels: dict[str, int] = {}
-        for line in self.sass.splitlines():
-            text = line.split("\t")[-1].strip()
+        nvidia = "cubin" in self.asm
+        for line in (self.sass if nvidia else self.assembly).splitlines():
+            text = line.split("\t")[-1].strip() if nvidia else line.partition(";")[0].rstrip()
             if text.endswith(":"):
                 labels[text[:-1]] = len(instructions)
-            elif text.endswith(";"):
-                instructions.append(text)
+            elif text.endswith(";") if nvidia else re.match(r"\t[a-z]", text):
+                instructions.append(text.strip())
         return instructions, labels
 
     @property
@@ -89,18 +91,18 @@ class CompiledKernel:
 
     @cached_property
     def main_loop(self) -> list[str]:
-        """The opcodes, ``LOP3`` for one, of the longest loop of the SASS, or of those with tensor cores' products."""
+        """The opcodes, ``LOP3`` or ``v_and_or_b32`` for one, of the longest loop, or of those with tensor cores' products."""
         instructions, labels = self._instructions
         loops = []
         for i, text in enumerate(instructions):
-            branch = re.search(r"\bBRA\b.*?(\w+);$", text)
+            branch = re.search(r"\bBRA\b.*?(\w+);$", text) or re.match(r"s_c?branch\w*\s+(\S+)$", text)
             if branch is None:
                 continue
             # Where there is no label, it is an address, and an instruction takes 16 bytes.
             start = int(branch[1], 16) // 16 if branch[1].startswith("0x") else labels[branch[1]]
             if start < i:
                 loops.append([_opcode(each) for each in instructions[start : i + 1]])
-        products = [loop for loop in loops if any("MMA" in opcode for opcode in loop)]
+        products = [loop for loop in loops if any("MMA" in opcode or "mfma" in opcode for opcode in loop)]
         return max(products or loops, key=len, default=[])
 
     @cached_property
@@ -129,8 +131,9 @@ class CompiledKernel:
 
 
 def _opcode(instruction: str) -> str:
-    """``LOP3`` of ``@!P0 LOP3.LUT R1, R2, ...;``."""
-    return re.sub(r"^@!?\w+\s+", "", instruction).split()[0].rstrip(";").partition(".")[0]
+    """``LOP3`` of ``@!P0 LOP3.LUT R1, R2, ...;``, ``v_add_u32`` of ``v_add_u32_e32 v1, v2, v3``."""
+    opcode = re.sub(r"^@!?\w+\s+", "", instruction).split()[0].rstrip(";").partition(".")[0]
+    return re.sub(r"_(e32|e64|sdwa|dpp)$", "", opcode)
 
 
 def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], target: str) -> CompiledKernel:
@@ -138,8 +141,8 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
 
     Args:
         kernel: a ``@triton.jit`` function.
-        arguments: its arguments by name, and compiler options such as ``num_warps``. Tensors are not read, so meta
-            tensors do; they are taken to be aligned to 16 bytes, as torch allocates them.
+        arguments: its arguments by name, tuples among them, and compiler options such as ``num_warps``. Tensors are not read, so
+            meta tensors do; they are taken to be aligned to 16 bytes, as torch allocates them.
         target: a key of :data:`TARGETS`.
 
     Raises:
@@ -147,16 +150,19 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
     """
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
-    signature: dict[str, str] = {}
-    constants: dict[str, object] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for param in kernel.params:
         value = arguments[param.name]
-        signature[param.name] = kind = _argument_type(param, value)
-        if kind == "constexpr":
-            constants[param.name] = value
-        elif _is_aligned(param, value):
-            attributes[(param.num,)] = [["tt.divisibility", 16]]
+        kinds = []
+        for place, each in _places(param, value):
+            kinds.append(_argument_type(param, each))
+            if kinds[-1] == "constexpr":
+                constants[place] = each
+            elif _is_aligned(param, each):
+                attributes[place] = [["tt.divisibility", 16]]
+        signature[param.name] = tuple(kinds) if isinstance(value, tuple) else kinds[0]
     options = {name: value for name, value in arguments.items() if name not in signature}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -164,6 +170,13 @@ def compile_ahead(kernel: triton.JITFunction, arguments: Mapping[str, object], t
 
 
 # The two below follow what Triton's launcher specializes a kernel on (triton.runtime.jit).
+
+
+def _places(param: KernelParam, value: object) -> list[tuple[tuple[int, ...], object]]:
+    """The argument, or each one of a tuple, and where it is."""
+    if isinstance(value, tuple):
+        return [((param.num, i), each) for i, each in enumerate(value)]
+    return [((param.num,), value)]
 
 
 def _argument_type(param: KernelParam, value: object) -> str:

@@ -118,7 +118,7 @@ def bits_kernel(
             offset = load_words(offset_ptr + where, there[None, :], EVEN_WORDS).to(tl.float32)
         acc += (scale * dots.to(tl.float32) + offset * sums.to(tl.float32)[None, :]) * step[None, :]
     total = tl.sum(acc, 1)[:, None] * tl.load(global_scale_ptr)
-    store_result(out_ptr, total, n, m + tl.arange(0, 1), N, M, bias_ptr, None, None, "", EVEN_N, True)
+    store_result(out_ptr, total, None, 0, n, m + tl.arange(0, 1), N, N, M, bias_ptr, None, None, None, "", EVEN_N, True)
 
 
 @triton.jit

@@ -15,7 +15,9 @@ DECODE_ROWS = 16
 FLOAT_ROWS = 2048
 """Rows of a 16-bit x from which the weight is unpacked once, for PyTorch's product. To write 8192 x 8192 floats, 128 MiB, takes an
 H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, which unpacking keeps it from."""
+TWO_SUMS = (torch.bfloat16, torch.float8_e4m3fn)  # of which long codes are two, so that registers hold less
 PROGRAMS_PER_MULTIPROCESSOR = 4
+LEAST_BLOCK_N, LEAST_BLOCK_M = 32, 16
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
 LEAST_STAGES = 2
 BARRIERS = 16  # bytes of shared memory, by which NVIDIA's pipelines wait
@@ -64,7 +66,7 @@ class Device:
 
 
 def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
-    """The config for ``m`` rows of x of ``dtype``, int8 if they are rounded, and ``n`` of the weight.
+    """The config for ``m`` rows of x of ``dtype``, int8 or float8_e4m3fn if they are rounded, and ``n`` of the weight.
 
     By the kernel's instructions and resources, not by measurement. Of so many stages as the shared memory holds.
     """
@@ -78,7 +80,8 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     """Shared memory of a program, or a little more: what Triton's pipeline keeps of x and of the words, as it compiles.
 
     Steps that are asked for, one fewer than stages; where words are at an address that is computed, x is asked for one step
-    earlier. Of ``wgmma`` the unpacked weight goes through shared memory too.
+    earlier, and of ``wgmma`` the unpacked weight goes through shared memory too. If a block is unrolled, it is ``wgmma`` that keeps
+    the x of one more step.
     """
     unrolled = config.steps == layout.block_pieces
     tile = config.block_n * layout.piece * WORD_BITS // 8
@@ -86,8 +89,8 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     tiles = layout.block_tiles if unrolled else config.steps * layout.bits.bit_count()
     words = tile * tiles if unrolled or device.copies_words else 0
     together = device.wgmma and config.num_warps >= 4 and config.block_n >= 64
-    operand = tile * (1 + unrolled) if together else 0
-    return (config.num_stages - 1) * (x + words) + (0 if unrolled else x) + operand + (BARRIERS if device.copies_words else 0)
+    more = (0 if unrolled and not together else x) + (tile if together and not unrolled else 0)
+    return (config.num_stages - 1) * (x + words) + more + (BARRIERS if device.copies_words else 0)
 
 
 def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
@@ -97,9 +100,32 @@ def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Devi
     if m <= DECODE_ROWS:
         wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, math.ceil(n / 32))
         split_k = max(1, min(wanted, layout.pieces // layout.block_pieces // LEAST_STEPS))
+        if m > 8 and layout.bits % 2 and dtype.itemsize == 2:
+            return _sixteen_rows(layout, split_k, dtype, device)
         return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
     if m <= 32:
         return Config(32, 64, 2, sums=True)
-    if m <= 64 or not device.wgmma or dtype == torch.bfloat16:  # 8 bits are two bfloat16, so there are two sums
+    if m <= 64 or not device.wgmma or dtype in TWO_SUMS:
         return Config(64, 128, 2, sums=True, num_warps=8)
     return Config(128, 128, 2, sums=True, num_warps=8)
+
+
+def _sixteen_rows(layout: WordLayout, split_k: int, dtype: torch.dtype, device: Device) -> Config:
+    """For 9 to 16 rows and blocks of 16 pieces, as odd k have: so cut that registers suffice, as it was compiled."""
+    if layout.bits == 5 and device.wgmma:
+        return Config(16, 64, layout.block_pieces, sums=True, split_k=split_k, num_warps=4, num_stages=2)
+    config = Config(16, 32, layout.block_pieces, sums=True, split_k=split_k, num_warps=2, num_stages=3)
+    if layout.bits == 3 and 2 * shared_bytes(config, layout, dtype, device) <= device.shared_memory:
+        return config  # with room for a second program
+    return dataclasses.replace(config, num_stages=2)
+
+
+def smaller(config: Config) -> Config | None:
+    """The next configuration that takes less shared memory and fewer registers: fewer loads under way, then smaller tiles."""
+    if config.num_stages > 1:
+        return dataclasses.replace(config, num_stages=config.num_stages - 1)
+    if config.block_n > LEAST_BLOCK_N:
+        return dataclasses.replace(config, block_n=config.block_n // 2)
+    if config.block_m > LEAST_BLOCK_M:
+        return dataclasses.replace(config, block_m=config.block_m // 2)
+    return None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from kbit_inductor.kernels.layout import level_bits, midpoint
-from kbit_inductor.kernels.triton.launch import DTYPES, takes_ptx
+from kbit_inductor.kernels.triton.launch import DTYPES, Matrix, takes_ptx
 from kbit_inductor.kernels.triton.tile import load_grid
 from kbit_inductor.kernels.triton.unpack import or_planes
 from kbit_inductor.kernels.words import WordLayout
@@ -111,21 +112,26 @@ def dequantize(
     return out
 
 
-def linear_by_float(
-    x: Tensor, words: Tensor, scale: Tensor, offset: Tensor | None, global_scale: Tensor, bias: Tensor | None, bits: int,
-    group_size: int, codebook: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``x @ W.T + bias`` by PyTorch's product, with :data:`WEIGHTS_AT_ONCE` of ``W`` in float at a time.
+def linear_by_float(x: Tensor, matrices: Sequence[Matrix], bits: int, group_size: int) -> Tensor:
+    """``x @ W.T + bias`` by PyTorch's product, with :data:`WEIGHTS_AT_ONCE` of ``W`` in float at a time; several lie side by side.
 
-    Operands are those of :func:`~kbit_inductor.kernels.triton.linear.linear`; ``W`` and ``bias`` are rounded to the dtype of ``x``
-    first, which adds ``u(x.dtype) (|x| @ |W|.T + |bias|)`` to its error.
+    Operands are those of :func:`~kbit_inductor.kernels.triton.linear.fused_linear`; ``W`` and ``bias`` are rounded to the dtype of
+    ``x`` first, which adds ``u(x.dtype) (|x| @ |W|.T + |bias|)`` to its error.
     """
     step = max(1, WEIGHTS_AT_ONCE // max(1, x.size(-1)))
-    parts = []
-    for start in range(0, words.size(0), step):
-        rows = slice(start, start + step)
-        zero = None if offset is None else offset[:, rows].contiguous()
-        packed = (words[rows], scale[:, rows].contiguous(), zero, global_scale)
-        weight = dequantize(*packed, bits, x.size(-1), group_size, codebook, x.dtype)
-        parts.append(functional.linear(x, weight, None if bias is None else bias[rows].to(x.dtype)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    flat = x.reshape(-1, x.size(-1))
+    out = torch.empty(flat.size(0), sum(matrix.rows for matrix in matrices), dtype=x.dtype, device=x.device)
+    begin = 0
+    for matrix in matrices:
+        for start in range(0, matrix.rows, step):
+            rows = slice(start, start + step)
+            zero = None if matrix.offset is None else matrix.offset[:, rows].contiguous()
+            packed = (matrix.words[rows], matrix.scale[:, rows].contiguous(), zero, matrix.global_scale)
+            weight = dequantize(*packed, bits, x.size(-1), group_size, matrix.codebook, x.dtype)
+            part = out[:, begin : begin + weight.size(0)]
+            if matrix.bias is None:
+                torch.mm(flat, weight.t(), out=part)
+            else:
+                torch.addmm(matrix.bias[rows].to(x.dtype), flat, weight.t(), out=part)
+            begin += weight.size(0)
+    return out.view(*x.shape[:-1], -1)

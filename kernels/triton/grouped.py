@@ -81,7 +81,7 @@ def grouped_kernel(
         BITS, MIDPOINT, GROUP_SIZE, PIECE, GROUP_PIECES, BLOCK_PIECES, BLOCK_TILES, STEPS, SPAN, BLOCK_N, BLOCK_M, EVEN_K, PTX,
     )  # fmt: skip
     acc = tl.where(known, acc * tl.load(global_scale_ptr + which), FILL)
-    store_result(out_ptr, acc, n, m, N, end, None, None, None, "", EVEN_N, EVEN_M)
+    store_result(out_ptr, acc, None, 0, n, m, N, N, end, None, None, None, None, "", EVEN_N, EVEN_M)
 
 
 def launch_arguments(
@@ -97,13 +97,20 @@ def launch_arguments(
         tiles, block_e = m // config.block_m + min(count + 1, m), triton.next_power_of_2(count + 1)
     else:
         tiles, block_e = m // entry_rows * triton.cdiv(entry_rows, config.block_m), 0
-    return tile_arguments(x, layout, words, scale, offset, global_scale, codebook, config, ptx) | {
+    return tile_arguments(x, layout, scale.size(-2), codebook is not None, config, ptx) | {
+        "words_ptr": words,
+        "scale_ptr": scale,
+        "offset_ptr": offset,
+        "global_scale_ptr": global_scale,
+        "codebook_ptr": codebook,
+        "N": words.size(-2),
         "where_ptr": where,
         "out_ptr": out,
         "count": count,
         "tiles": tiles,
         "entry_rows": entry_rows or 0,
         "BLOCK_E": block_e,
+        "EVEN_N": words.size(-2) % config.block_n == 0,
         "EVEN_M": entry_rows is not None and entry_rows % config.block_m == 0,
         "FILL": fill,
     }

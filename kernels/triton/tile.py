@@ -7,7 +7,9 @@ done to float32 sums over a group::
     sum (s c + o) x  =  s sum c x + o sum x
 
 so the weight itself is never rounded. A float32 ``x`` is the sum of three bfloat16. An int8 ``x``
-(:mod:`kbit_inductor.kernels.triton.quantize`) is multiplied by codes as integers, exactly.
+(:mod:`kbit_inductor.kernels.triton.quantize`) is multiplied by codes as integers, exactly. For an ``x`` of 8-bit floats a code of
+4 bits is one as it is: below ``2 ** 4`` the e4m3 of a byte is its value times ``2 ** -9``; longer codes are two digits. Tensor
+cores may sum their products with fewer bits than float32 has, so that sums of a group are added up outside (DeepSeek-V3, 2024).
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from kbit_inductor.kernels.triton.unpack import digit_exponent, mantissa_bit, or
 def _multiply(left, x, acc):
     """``acc + left @ x``; a float32 ``x`` is cut into three bfloat16, which hold all of its 24 bits.
 
-    Of int8, tensor cores take 32 columns or more; fewer are as exact as float16, whose products a float32 ``acc`` sums.
+    Of 8 bits, tensor cores take 32 columns or more; fewer are as exact as float16, whose products a float32 ``acc`` sums.
     """
-    if x.dtype == tl.int8:
+    if x.dtype == tl.float8e4nv and x.shape[0] < 32:
+        return tl.dot(left.to(tl.float16), x.to(tl.float16), acc)
+    elif x.dtype == tl.int8:
         if acc.dtype == tl.int32:
             return tl.dot(left, x, acc, out_dtype=tl.int32)
         else:
@@ -53,16 +57,22 @@ def _load_x(
         inside = piece % GROUP_PIECES * PIECE + tl.arange(0, PIECE)[:, None]
         k = piece // GROUP_PIECES * GROUP_SIZE + inside
         valid = (inside < GROUP_SIZE) & (k < K)
-    if EVEN_K:
-        return tl.load(rows + k, eviction_policy="evict_last")
-    else:
-        return tl.load(rows + k, mask=valid, other=0.0, eviction_policy="evict_last")
+    return tl.load(rows + k, mask=None if EVEN_K else valid, other=None if EVEN_K else 0.0, eviction_policy="evict_last")
 
 
 @triton.constexpr_function
-def bias_of(level_bits, rounded, half, bit):
+def digits_of(level_bits, x_type):
+    """How many floats a level of ``level_bits`` is the sum of: two where one float of what multiplies ``x`` cannot hold it."""
+    longest = {tl.int8: 8, tl.float8e4nv: 4, tl.float16: 8}.get(x_type, 7)
+    return 1 if level_bits <= longest else 2
+
+
+@triton.constexpr_function
+def bias_of(level_bits, x_type, half, bit):
     """How much more than its level is what is multiplied: a float whose digit begins at ``bit``, two such digits, or an int8."""
-    if rounded:
+    if x_type == tl.float8e4nv:
+        return 0.0
+    if x_type == tl.int8:
         return -128.0 if level_bits == 8 else 0.0
     if half == tl.float16:
         return 0.0
@@ -91,15 +101,20 @@ def tile_sums(
 ):  # fmt: skip
     """``W[row] @ x[m].T`` over steps ``first .. last - 1``, float32 ``[BLOCK_N, BLOCK_M]``, without the global scale.
 
-    An int8 ``x`` has a step and a sum for each span, ``[spans, M]``. A step of the
-    loop is ``STEPS`` pieces; ``SPAN`` of them, 1 or 2, always share a group. ``row`` is below ``N`` and ``m`` below ``M``.
+    A rounded ``x`` has a sum for each span, ``[spans, M]``, and a step: an int8 one for each span, one of 8-bit floats, which
+    float16 may hold, for each row.
+    A step of the loop is ``STEPS`` pieces; ``SPAN`` of them (1, 2) share a group. ``row`` is below ``N``, ``m`` below ``M``.
     """
     row_ptr = words_ptr + row.to(tl.int64)[:, None] * row_words + tl.arange(0, PIECE)[None, :]
-    ROUNDED: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    X: tl.constexpr = x_ptr.dtype.element_ty
+    ROUNDED: tl.constexpr = tl.int8 == X
+    FP8: tl.constexpr = tl.float8e4nv == X
     HALF: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     LEVEL_BITS: tl.constexpr = BITS if codebook_ptr is None else 8
-    DIGITS: tl.constexpr = 2 if not ROUNDED and tl.bfloat16 == HALF and LEVEL_BITS == 8 else 1
-    DIRECT: tl.constexpr = DIGITS == 1 and codebook_ptr is None and not ROUNDED  # a code is the digit, not a step on the way to it
+    DIGITS: tl.constexpr = digits_of(LEVEL_BITS, X)
+    DIRECT: tl.constexpr = (
+        DIGITS == 1 and codebook_ptr is None and not ROUNDED and not FP8
+    )  # a code is the digit, not a step on the way to it
     UNROLLED: tl.constexpr = STEPS == BLOCK_PIECES
     SUM: tl.constexpr = tl.int32 if ROUNDED and PIECE >= 32 else tl.float32
 
@@ -127,6 +142,10 @@ def tile_sums(
 
             if ROUNDED:
                 products = _multiply((code ^ 128 if LEVEL_BITS == 8 else code).to(tl.int8), x, products)
+            elif FP8:
+                products = _multiply((code if DIGITS == 1 else code >> 4).to(tl.int8).to(X, bitcast=True), x, products)
+                if DIGITS == 2:
+                    low_products = _multiply((code & 15).to(tl.int8).to(X, bitcast=True), x, low_products)
             elif DIGITS == 2:
                 zero = tl.full([BLOCK_N, PIECE], digit_exponent(HALF, 3), tl.int16)
                 high, low = or_field(zero, code, 4, 3, 4, PTX), or_field(zero, code, 0, 3, 4, PTX)
@@ -141,7 +160,7 @@ def tile_sums(
                 group = tl.minimum((step * STEPS + i) // GROUP_PIECES, groups - 1)
                 scale, offset = load_grid(
                     scale_ptr, offset_ptr, group.to(tl.int64) * N + row,
-                    bias_of(LEVEL_BITS, ROUNDED, HALF, mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED)), MIDPOINT,
+                    bias_of(LEVEL_BITS, X, HALF, mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED)), MIDPOINT,
                 )  # fmt: skip
                 if DIGITS == 2:
                     products = products * 16 + low_products
@@ -150,8 +169,12 @@ def tile_sums(
                     x_sums = tl.load(sums_ptr + span * M + m)[None, :]
                 if ROUNDED:
                     products = products.to(tl.float32) * tl.load(step_ptr + (step * STEPS + i) // SPAN * M + m)[None, :]
+                elif FP8:
+                    scale *= 2.0**9
                 elif tl.float16 == HALF:
                     scale *= 2.0 ** (24 - mantissa_bit(i, BITS, HALF, DIRECT, UNROLLED))
                 acc += scale[:, None] * products
                 acc += offset[:, None] * x_sums
+    if step_ptr is not None and not ROUNDED:
+        acc *= tl.load(step_ptr + m)[None, :]
     return acc

@@ -4,7 +4,7 @@ Instructions are counted, not guessed: ``instructions.json`` holds what the comp
 products and the scaling of sums, and the registers of a thread (benchmarks/gpu/cost_table.py). Both were counted at the default
 configurations; what another one differs by follows from the codes and sums that a thread of it holds, and is compared with what
 some of them compile to (benchmarks/gpu/short_list.py). Activations other than float16 were counted for one target, and differ from
-float16 on others by as much. AMD's instructions were not counted: those of sm_80 stand in for them.
+float16 on others by as much.
 
 A batch of matrices is the same work, with rows of x cut into tiles matrix by matrix. Rounded activations are a kernel in front
 (kernels/triton/quantize.py), and bytes to the product.
@@ -69,7 +69,7 @@ LINEAR = Work(
     l2_bytes=_TILES_M * MATRIX + _TILES_N * M * K * X + (SPLIT_K - 1) * 8 * _PADDED_M * _PADDED_N,
     instructions=_TILES_M * _PADDED_N * COLUMNS * (UNPACKING + SCALE * BLOCK_M / (SPAN * PIECE) + MMA * BLOCK_M / 8),
     products=2 * _PADDED_M * _PADDED_N * COLUMNS * PASSES,
-    launches=1 + sympy.Min(SPLIT_K - 1, 1) + 2 * SUMS,
+    launches=1 + sympy.Min(SPLIT_K - 1, 1) + SUMS,
     programs=_TILES_M * _TILES_N * SPLIT_K,
     resident=sympy.floor(sympy.Min(ALL_THREADS / _THREADS, ALL_REGISTERS / (REGISTERS * _THREADS), ALL_SHARED / SHARED, 32)),
     warps=WARPS,

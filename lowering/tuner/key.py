@@ -73,7 +73,7 @@ def shape_key(problem: Problem, m: int) -> str:
 
 
 _SHAPE = re.compile(
-    r"(?P<dtype>\w+)-(?P<bits>\d+)bit-g(?P<group>\d+)(?P<codebook>-codebook)?(?P<symmetric>-symmetric)?(?:-a(?P<a>\d+))?"
+    r"(?P<dtype>\w+)-(?P<bits>\d+)bit-g(?P<group>\d+)(?P<codebook>-codebook)?(?P<symmetric>-symmetric)?(?:-a(?P<a>-?\d+))?"
     r"-n(?P<n>\d+)-k(?P<k>\d+)-m(?P<m>\d+)"
 )
 
