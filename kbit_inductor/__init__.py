@@ -69,6 +69,7 @@ from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
+from kbit_inductor.own_text import own_text
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.precision import precision
@@ -147,6 +148,7 @@ __all__ = [
     "init_lora_",
     "kbit",
     "load",
+    "own_text",
     "plan",
     "precision",
     "quantize_",

@@ -32,6 +32,7 @@ class Method:
         package: that must be importable.
         at_ends: as ``apply``, of tables and heads; None where they are as other matrices.
         options: to calibrate with, where the method learns codes of its own.
+        own_text: calibrated on text that the model has written.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Method:
     package: str = "kbit_inductor"
     at_ends: Callable[[Tensor, Statistics | None], Rounded] | None = None
     options: Mapping[str, Any] | None = None
+    own_text: bool = False
 
     def reason_missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -52,7 +54,7 @@ def ours(config: LayerConfig, calibrated: bool, weight: Tensor, statistics: Stat
     return packed.dequantize(), packed.nbytes
 
 
-def with_floor(label: str, bits: int, calibrated: bool, **options: Any) -> Method:
+def with_floor(label: str, bits: int, calibrated: bool, own_text: bool = False, **options: Any) -> Method:
     """Ours as :func:`kbit_inductor.quantize_` has it: tables and heads at no fewer than ``end_bits``."""
     config = Config(bits=bits, **options)
     layer, end = config.for_layer("layer"), config.for_layer("end", is_end=True)
@@ -61,9 +63,8 @@ def with_floor(label: str, bits: int, calibrated: bool, **options: Any) -> Metho
     learns = {"bits": bits, **options} if config.quantizer == "autoround" else None
     groups = "" if config.group_size == 64 else f", groups of {config.group_size}"
     rounding = functools.partial(ours, layer, calibrated)
-    return Method(
-        f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=functools.partial(ours, end, calibrated), options=learns
-    )
+    at_ends = functools.partial(ours, end, calibrated)
+    return Method(f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=at_ends, options=learns, own_text=own_text)
 
 
 def hqq(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -127,6 +128,7 @@ def methods() -> list[Method]:
     for group_size in (64, 32):
         for bits in (2, 3, 4):
             found.append(with_floor("gptq with floor", bits, True, quantizer="gptq", group_size=group_size))
+            found.append(with_floor("gptq on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size))
             found.append(with_floor("autoround with floor", bits, True, quantizer="autoround", group_size=group_size))
     for bits in (2, 3, 4, 8):
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))

@@ -48,17 +48,20 @@ def measure(folder: Path, options: argparse.Namespace, console: Console) -> dict
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = _windows(tokenizer, options.text, options.length, options.windows)
     data = _windows(tokenizer, options.calibration, options.length, options.calibration_windows)
-    calibration = kbit.calibrate(model, data.split(1), {"quantizer": "gptq"})
+    texts = {False: data, True: kbit.own_text(model, options.calibration_windows, options.length)}
+    calibrations = {own: kbit.calibrate(model, text.split(1), {"quantizer": "gptq"}) for own, text in texts.items()}
     exact = measures.logits(model, text)
     rows = [{"family": "float32", "name": "", "bits": 32.0, **measures.score(exact, exact, text).summary()}]
     for method in methods.methods():
         if any(wanted in f"{method.family} {method.name}" for wanted in options.only):
-            own = calibration if method.options is None else kbit.calibrate(model, data.split(1), method.options)
-            rows.append(_row(method, model, own, exact, text))
+            seen = calibrations[method.own_text]
+            if method.options is not None:
+                seen = kbit.calibrate(model, texts[method.own_text].split(1), method.options)
+            rows.append(_row(method, model, seen, exact, text))
             console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
     if any("kbit auto".startswith(wanted) for wanted in options.only):
         for average in options.averages:
-            rows.append(_planned(average, model, calibration, data, exact, text))
+            rows.append(_planned(average, model, calibrations[False], data, exact, text))
             console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "rows": rows}
 
