@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kbit_inductor import Config, LayerConfig
 from kbit_inductor.packing import pack
-from kbit_inductor.quantizers import Statistics
+from kbit_inductor.quantizers import QUANTIZERS, Statistics
+from kbit_inductor.quantizers.registry import LEARNING
 
 Rounded = tuple[Tensor, int]
 """The values ``[N, K]`` that are left of a matrix, and the bytes of what is stored."""
@@ -60,7 +61,7 @@ def with_floor(label: str, bits: int, calibrated: bool, own_text: bool = False, 
     layer, end = config.for_layer("layer"), config.for_layer("end", is_end=True)
     if layer is None or end is None:
         raise LookupError("a config without skip skips nothing")
-    learns = {"bits": bits, **options} if config.quantizer == "autoround" else None
+    learns = {"bits": bits, **options} if QUANTIZERS[config.quantizer].needs in LEARNING else None
     groups = "" if config.group_size == 64 else f", groups of {config.group_size}"
     rounding = functools.partial(ours, layer, calibrated)
     at_ends = functools.partial(ours, end, calibrated)
@@ -129,6 +130,7 @@ def methods() -> list[Method]:
         for bits in (2, 3, 4):
             found.append(with_floor("gptq with floor", bits, True, quantizer="gptq", group_size=group_size))
             found.append(with_floor("gptq on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size))
+            found.append(with_floor("distill on own text", bits, True, own_text=True, quantizer="distill", group_size=group_size))
             found.append(with_floor("autoround with floor", bits, True, quantizer="autoround", group_size=group_size))
     for bits in (2, 3, 4, 8):
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
