@@ -14,13 +14,15 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
+from kbit_inductor.quantizers.codebooks import ZERO
+from kbit_inductor.quantizers.pruning import is_sparsity
 from kbit_inductor.quantizers.registry import find as find_quantizer
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
 AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 BUDGETS = ("average_bits", "memory_budget", "latency_budget")
-LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade")
+LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class LayerConfig:
             least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same.
         cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
             at run time. On a CPU only; it has offsets, no codebook, and a search of its own.
+        sparsity: the share of each row that is set to zero before it is quantized, or ``"2:4"`` and the like: at most 2 of each 4
+            neighbours stay. By Wanda with a calibration, by magnitude without. It goes with ``symmetric``, whose grid holds zero,
+            and with quantizers that look at one entry at a time.
     """
 
     bits: int = 4
@@ -47,6 +52,7 @@ class LayerConfig:
     activation_bits: int | str = "auto"
     codebook: str = "uniform"
     cascade: bool = False
+    sparsity: float | str = 0.0
 
     def __post_init__(self) -> None:
         self._check_bits()
@@ -65,6 +71,23 @@ class LayerConfig:
         if self.cascade and (self.symmetric, self.quantizer, self.codebook) != (False, "clip", "uniform"):
             raise InvalidOptionError(
                 "option 'cascade' finds codes and offsets by a search of its own; leave 'symmetric', 'quantizer' and 'codebook' out"
+            )
+        self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        if not is_sparsity(self.sparsity):
+            raise InvalidOptionError(f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to less than 1, or '2:4'")
+        if not self.sparsity:
+            return
+        if not self.symmetric or self.bits in (1, "auto") or ZERO not in (self.levels() or (ZERO,)):
+            raise InvalidOptionError(
+                "option 'sparsity' needs a grid that holds zero; give with it symmetric=True, 2 bits or more, and the codebook "
+                "'uniform' or 'nf'"
+            )
+        if QUANTIZERS[self.quantizer].needs not in ("nothing", "squares"):
+            raise InvalidOptionError(
+                f"option 'sparsity' does not go with the quantizer {self.quantizer!r}, which would put into the zeros what other "
+                "entries lose; give 'clip', 'hqq' or 'rtn'"
             )
 
     def _check_bits(self) -> None:
@@ -219,7 +242,7 @@ class Config(LayerConfig):
         if self.bits == "auto":
             chosen["bits"] = PLACEHOLDER_BITS
         elif is_end:
-            chosen["bits"] = max(self.bits, self.end_bits)
+            chosen |= {"bits": max(self.bits, self.end_bits), "sparsity": 0.0}
         for pattern, options in self.overrides.items():
             if matches(pattern, name):
                 chosen |= options
