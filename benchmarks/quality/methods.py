@@ -89,6 +89,15 @@ def torchao(bits: int, group_size: int, weight: Tensor, statistics: Statistics |
     return values, -(-codes.numel() * bits // 8) + 2 * (scale.numel() + zero.numel())
 
 
+def nf4(double: bool, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """NF4 of bitsandbytes; ``double`` stores its scales in 8 bits, as QLoRA does."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4", compress_statistics=double)
+    scales = state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    return functional.dequantize_4bit(codes, state).to(weight.dtype), codes.nbytes + scales
+
+
 # What llama.cpp takes where rows are no multiple of 256.
 FALLBACKS = {"q6_K": "q8_0", "q5_K": "q5_1", "q4_K": "q5_0", "q3_K": "q4_0", "q2_K": "q4_0"}
 
@@ -136,7 +145,15 @@ def methods() -> list[Method]:
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
     for bits in range(2, 9):
         found.append(Method("torchao", f"{bits} bits", functools.partial(torchao, bits, 64), "torchao"))
-    for label, calibrated in (("llama.cpp", False), ("llama.cpp, imatrix", True)):
+    for double in (False, True):
+        name = "NF4, double" if double else "NF4"
+        found.append(Method("bitsandbytes", name, functools.partial(nf4, double), "bitsandbytes"))
+    for label, calibrated, own in (
+        ("llama.cpp", False, False),
+        ("llama.cpp, imatrix", True, False),
+        ("llama.cpp, imatrix of own text", True, True),
+    ):
         for kind in ("q2_K", "q3_K", "q4_0", "q4_K", "q5_K", "q6_K", "q8_0"):
-            found.append(Method(label, kind.upper(), functools.partial(llama_cpp, kind, calibrated), "llama_cpp"))
+            rounding = functools.partial(llama_cpp, kind, calibrated)
+            found.append(Method(label, kind.upper(), rounding, "llama_cpp", own_text=own))
     return found

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import kbit_inductor as kbit  # noqa: E402
 from kbit_inductor.calibration import Calibration  # noqa: E402
-from kbit_inductor.ends import ends_of_model  # noqa: E402
 from quality import measures, methods, report  # noqa: E402
+from quality.rounding import matrices, rounded  # noqa: E402
 
 OUTPUT = HERE.parent / "results"
 
@@ -71,18 +71,9 @@ def _row(method: methods.Method, model: nn.Module, calibration: Calibration, exa
     row: dict[str, Any] = {"family": method.family, "name": method.name}
     if (missing := method.reason_missing()) is not None:
         return {**row, "missing": missing}
-    weights = _matrices(model)
-    originals, ends, nbytes = {weight: weight.data for weight in weights}, ends_of_model(model), 0
-    try:
-        for weight, original in originals.items():
-            rounding = method.at_ends if method.at_ends is not None and weight in ends else method.apply
-            weight.data, stored = rounding(original, calibration.of(weight, weight.size(1)))
-            nbytes += stored
+    with rounded(method, model, calibration) as bits:
         scores = measures.score(measures.logits(model, text), exact, text)
-    finally:
-        for weight, original in originals.items():
-            weight.data = original
-    return {**row, "bits": 8 * nbytes / sum(weight.numel() for weight in weights), **scores.summary()}
+    return {**row, "bits": bits, **scores.summary()}
 
 
 def _planned(
@@ -93,14 +84,10 @@ def _planned(
     plan = kbit.plan(model, options, data[:2].split(1))
     config = plan.apply(options)
     names = {id(module.weight): name for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
-    layers = {weight: config.for_layer(names[id(weight)]) for weight in _matrices(model)}
+    layers = {weight: config.for_layer(names[id(weight)]) for weight in matrices(model)}
     bits = iter(layers.values())
     method = methods.Method("kbit auto", f"{average:g} bits", lambda w, s: methods.ours(next(bits), True, w, s))  # type: ignore[arg-type]
     return {**_row(method, model, calibration, exact, text), "verdict": plan.verdict}
-
-
-def _matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.dim() == 2]
 
 
 def _windows(tokenizer: Any, path: Path, length: int, count: int) -> Tensor:
