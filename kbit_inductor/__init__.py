@@ -58,6 +58,7 @@ from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.learned_codebooks import learn_codebooks
 from kbit_inductor.lora import init_lora_
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
@@ -147,6 +148,7 @@ __all__ = [
     "generate",
     "init_lora_",
     "kbit",
+    "learn_codebooks",
     "load",
     "own_text",
     "plan",

@@ -14,7 +14,7 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
-from kbit_inductor.quantizers.codebooks import ZERO
+from kbit_inductor.quantizers.codebooks import UNIFORM, ZERO, is_codebook
 from kbit_inductor.quantizers.pruning import is_sparsity
 from kbit_inductor.quantizers.registry import find as find_quantizer
 
@@ -37,7 +37,8 @@ class LayerConfig:
         activation_bits: what the layer's input is rounded to on the fly: 1 to 8 bits (integers, with a scale for at most 128
             columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere.
         codebook: what codes stand for between the ends of a group: ``"uniform"``, an even grid, ``"normal"``, the levels with the
-            least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same.
+            least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same. Or levels of
+            one's own, ``2 ** bits`` of them from 0 to 255, as a text: ``"0 90 166 255"`` (:func:`kbit_inductor.learn_codebooks`).
         cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
             at run time. On a CPU only; it has offsets, no codebook, and a search of its own.
         sparsity: the share of each row that is set to zero before it is quantized, or ``"2:4"`` and the like: at most 2 of each 4
@@ -64,8 +65,11 @@ class LayerConfig:
         if self.activation_bits != "auto":
             wanted = "an integer from 1 to 8, 16, or 'auto'"
             _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
-        if self.codebook not in CODEBOOK_NAMES:
-            raise InvalidOptionError(f"option 'codebook' is {self.codebook!r}; give one of {', '.join(CODEBOOK_NAMES)}")
+        if not is_codebook(self.codebook, self.bits):
+            names = ", ".join(CODEBOOK_NAMES)
+            raise InvalidOptionError(
+                f"option 'codebook' is {self.codebook!r}; give {names}, or a text of 2 ** bits levels that ascend from 0 to 255"
+            )
         if not isinstance(self.cascade, bool):
             raise InvalidOptionError(f"option 'cascade' is {self.cascade!r}; give True or False")
         if self.cascade and (self.symmetric, self.quantizer, self.codebook) != (False, "clip", "uniform"):
@@ -242,7 +246,9 @@ class Config(LayerConfig):
         if self.bits == "auto":
             chosen["bits"] = PLACEHOLDER_BITS
         elif is_end:
-            chosen |= {"bits": max(self.bits, self.end_bits), "sparsity": 0.0}
+            bits = max(self.bits, self.end_bits)
+            levels = self.codebook if is_codebook(self.codebook, bits) else UNIFORM
+            chosen |= {"bits": bits, "codebook": levels, "sparsity": 0.0}
         for pattern, options in self.overrides.items():
             if matches(pattern, name):
                 chosen |= options

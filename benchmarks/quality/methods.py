@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from torch import Tensor
 from kbit_inductor import Config, LayerConfig
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
+from kbit_inductor.quantizers.codebooks import as_text
+from kbit_inductor.quantizers.kmeans import learn_levels
 from kbit_inductor.quantizers.registry import LEARNING
 
 Rounded = tuple[Tensor, int]
@@ -66,6 +69,12 @@ def with_floor(label: str, bits: int, calibrated: bool, own_text: bool = False, 
     rounding = functools.partial(ours, layer, calibrated)
     at_ends = functools.partial(ours, end, calibrated)
     return Method(f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=at_ends, options=learns, own_text=own_text)
+
+
+def with_levels(config: LayerConfig, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """Packed by this library, with levels learned for this weight."""
+    levels = learn_levels(weight, config.format(weight.size(1)), statistics)
+    return ours(config if levels is None else dataclasses.replace(config, codebook=as_text(levels)), True, weight, statistics)
 
 
 def hqq(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -140,6 +149,11 @@ def methods() -> list[Method]:
             found.append(with_floor("gptq with floor", bits, True, quantizer="gptq", group_size=group_size))
             found.append(with_floor("gptq on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size))
             found.append(with_floor("distill on own text", bits, True, own_text=True, quantizer="distill", group_size=group_size))
+            plain = with_floor(
+                "gptq, learned levels, on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size
+            )
+            rounding = functools.partial(with_levels, LayerConfig(bits, group_size, quantizer="gptq"))
+            found.append(dataclasses.replace(plain, apply=rounding))
             found.append(with_floor("autoround with floor", bits, True, quantizer="autoround", group_size=group_size))
     for bits in (2, 3, 4, 8):
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
