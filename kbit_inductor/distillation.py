@@ -94,7 +94,7 @@ def _add_gradients(
         if rows >= ROWS:
             break
         lost, count = _lost(model, grids, data[index])
-        lost.backward(inputs=list(variables))  # type: ignore[no-untyped-call]
+        lost.backward(inputs=list(variables))
         rows += count
 
 

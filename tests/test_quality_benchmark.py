@@ -104,8 +104,10 @@ def test_sentences_of_a_tiny_model(tmp_path, monkeypatch, one_thread_without_gra
     monkeypatch.setattr(sentences.minilm, "read", sentences.minilm.tiny)
     monkeypatch.setattr(sentences.minilm, "folder", lambda: tmp_path)
     monkeypatch.setattr(sentences.AutoTokenizer, "from_pretrained", lambda folder: Tokenizer())
-    sentences.main(["--pairs", str(path), "--calibration", str(path), "--output", str(tmp_path), "--only", "kbit default 4 bits"])
+    arguments = ["--pairs", str(path), "--calibration", str(path), "--output", str(tmp_path)]
+    sentences.main([*arguments, "--only", "kbit default 4 bits"])
     exact, ours = json.loads((tmp_path / "sentences.json").read_text())["rows"]
     assert (exact["bits"], ours["family"]) == (32, "kbit default") and 4.5 <= ours["bits"] <= 6.6
     assert all(each["interval"][0] <= each["interval"][1] for each in (exact, ours))
+    sentences.main([*arguments, "--only", "kbit default 3 bits", "--keep"])
     assert "| kbit default | 4 bits |" in (tmp_path / "sentences.md").read_text()

@@ -51,13 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             rows.append(row(method, encoder, calibration, tokenizer, pairs))
             console.print(rows[-1], highlight=False, soft_wrap=True)
-    protocol = {
-        "text": options.pairs.name,
-        "pairs": len(pairs),
-        "calibration": options.calibration.name,
-        "sentences": 2 * len(others),
-    }
-    results = {"protocol": protocol, "rows": rows}
+    protocol = {"text": options.pairs.name, "pairs": len(pairs), "calibration": options.calibration.name}
+    results = {"protocol": {**protocol, "sentences": 2 * len(others)}, "rows": rows}
+    if options.keep:
+        results = merged(options.output / "sentences.json", results)
     (options.output / "sentences.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (options.output / "sentences.md").write_text("\n".join(lines(results)) + "\n", encoding="utf-8")
 
@@ -79,6 +76,15 @@ def correlation(encoder: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, s
     picked = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
     resampled = [spearmanr(cosine[each], scores[each]).statistic for each in picked]
     return {"spearman": float(spearmanr(cosine, scores).statistic), "interval": np.percentile(resampled, [2.5, 97.5]).tolist()}
+
+
+def merged(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """``results`` with the rows of the file ``path`` that they lack; these alone where the file is of another protocol."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if earlier.get("protocol") != results["protocol"]:
+        return results
+    rows = {(each["family"], each["name"]): each for part in (earlier, results) for each in part["rows"]}
+    return {**results, "rows": list(rows.values())}
 
 
 def lines(results: Mapping[str, Any]) -> Iterator[str]:
@@ -104,6 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True, help="another one")
     parser.add_argument("--sentences", type=int, default=256, help="for calibration (default: 256)")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose family and name hold one of these")
+    parser.add_argument("--keep", action="store_true", help="keep rows of an earlier run that this one does not take")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the results")
     return parser.parse_args(arguments)
 
