@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     console, encoder = Console(), minilm.read()
     tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
-    pairs, others = minilm.read_pairs(options.pairs), minilm.read_pairs(options.calibration)[: options.sentences // 2]
+    pairs, others = (
+        minilm.read_pairs(options.pairs)[: options.count],
+        minilm.read_pairs(options.calibration)[: options.sentences // 2],
+    )
     seen = dict(tokenizer([text for pair in others for text in pair[:2]], padding=True, return_tensors="pt"))
     calibration = kbit.calibrate(encoder.model, seen, {"quantizer": "gptq"})
     rows: list[dict[str, Any]] = [{"family": "float32", "name": "", "bits": 32.0, **correlation(encoder, tokenizer, pairs)}]
@@ -108,6 +111,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--pairs", type=Path, required=True, help="CSV of two sentences and a score in each line")
     parser.add_argument("--calibration", type=Path, required=True, help="another one")
+    parser.add_argument("--count", type=int, default=None, help="of pairs, the first ones (default: all)")
     parser.add_argument("--sentences", type=int, default=256, help="for calibration (default: 256)")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose family and name hold one of these")
     parser.add_argument("--keep", action="store_true", help="keep rows of an earlier run that this one does not take")
