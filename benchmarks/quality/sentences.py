@@ -35,31 +35,34 @@ RESAMPLES = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write ``sentences.json`` and ``sentences.md``."""
+    """Measure, and write ``sentences.json`` and ``sentences.md`` after each row."""
     options = _parse(arguments)
-    console, encoder = Console(), minilm.read()
-    tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
-    pairs, others = (
-        minilm.read_pairs(options.pairs)[: options.count],
-        minilm.read_pairs(options.calibration)[: options.sentences // 2],
-    )
+    console, encoder, tokenizer = Console(), minilm.read(), AutoTokenizer.from_pretrained(minilm.folder())
+    pairs = minilm.read_pairs(options.pairs)[: options.count]
+    others = minilm.read_pairs(options.calibration)[: options.sentences // 2]
     seen = dict(tokenizer([text for pair in others for text in pair[:2]], padding=True, return_tensors="pt"))
     calibration = kbit.calibrate(encoder.model, seen, {"quantizer": "gptq"})
-    rows: list[dict[str, Any]] = [{"family": "float32", "name": "", "bits": 32.0, **correlation(encoder, tokenizer, pairs)}]
-    for method in methods():
-        if (
-            method.family.startswith(FAMILIES)
-            and not method.own_text
-            and any(wanted in f"{method.family} {method.name}" for wanted in options.only)
-        ):
-            rows.append(row(method, encoder, calibration, tokenizer, pairs))
-            console.print(rows[-1], highlight=False, soft_wrap=True)
     protocol = {"text": options.pairs.name, "pairs": len(pairs), "calibration": options.calibration.name}
-    results = {"protocol": {**protocol, "sentences": 2 * len(others)}, "rows": rows}
+    results: dict[str, Any] = {"protocol": {**protocol, "sentences": 2 * len(others)}}
+    results["rows"] = [{"family": "float32", "name": "", "bits": 32.0, **correlation(encoder, tokenizer, pairs)}]
     if options.keep:
         results = merged(options.output / "sentences.json", results)
-    (options.output / "sentences.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (options.output / "sentences.md").write_text("\n".join(lines(results)) + "\n", encoding="utf-8")
+    for method in methods():
+        wanted = any(each in f"{method.family} {method.name}" for each in options.only)
+        if wanted and method.family.startswith(FAMILIES) and not method.own_text:
+            found = row(method, encoder, calibration, tokenizer, pairs)
+            results["rows"] = [*(each for each in results["rows"] if not _is_of(each, method)), found]
+            console.print(found, highlight=False, soft_wrap=True)
+            _write(results, options.output)
+
+
+def _is_of(row: Mapping[str, Any], method: Method) -> bool:
+    return (row["family"], row["name"]) == (method.family, method.name)
+
+
+def _write(results: Mapping[str, Any], folder: Path) -> None:
+    (folder / "sentences.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "sentences.md").write_text("\n".join(lines(results)) + "\n", encoding="utf-8")
 
 
 def row(method: Method, encoder: minilm.Encoder, calibration: kbit.Calibration, tokenizer: Any, pairs: Any) -> dict[str, Any]:
