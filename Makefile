@@ -21,7 +21,7 @@ CODE := kbit_inductor lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 
-.PHONY: help demo bench-cpu bench-quality gpu test test-export test-benchmarks test-newest docs tutorial coverage sanitize fuzz fuzz-files kills lint format typecheck \
+.PHONY: help demo bench-cpu bench-quality bench-sentences gpu test test-export test-benchmarks test-newest docs tutorial coverage sanitize fuzz fuzz-files kills lint format typecheck \
 	typing-tree compiler clean distclean
 
 help:  ## say what there is to make
@@ -49,6 +49,9 @@ bench-cpu: compiler $(VENV)/.bench  ## compare with other libraries on this CPU:
 bench-quality: compiler $(VENV)/.bench  ## compare quality per bit; ARGS='--models FOLDER… --text FILE --calibration FILE'
 	@echo "== quality per bit"
 	@$(BIN)/python benchmarks/quality/run.py $(ARGS)
+
+bench-sentences: compiler $(VENV)/.bench  ## compare how well sentences' similarities hold; ARGS='--pairs CSV --calibration CSV'
+	@$(BIN)/python benchmarks/quality/sentences.py $(ARGS)
 
 # Peers are compared with where they install; a row says why one is not there. torch brings Triton, and with it the GPU's compiler.
 $(VENV)/.gpu: $(VENV)/.installed

@@ -58,6 +58,7 @@ from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
+from kbit_inductor.learned_codebooks import learn_codebooks
 from kbit_inductor.lora import init_lora_
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
@@ -69,6 +70,7 @@ from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
+from kbit_inductor.own_text import own_text
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.precision import precision
@@ -146,7 +148,9 @@ __all__ = [
     "generate",
     "init_lora_",
     "kbit",
+    "learn_codebooks",
     "load",
+    "own_text",
     "plan",
     "precision",
     "quantize_",

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config
+from kbit_inductor.distillation import distill
 from kbit_inductor.errors import EmptyCalibrationError, InvalidOptionError, NonFiniteActivationError
 from kbit_inductor.logs import logger
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
-from kbit_inductor.reconstruct import learn, learns
+from kbit_inductor.quantizers.registry import LEARNING, WITH_HESSIAN
+from kbit_inductor.reconstruct import learn
 
 log = logger("pack")
 MAX_LENGTH = 512  # tokens of a text
@@ -36,8 +38,8 @@ def calibrate(
 
     A thousand rows (tokens of a language model) give most of what there is to gain. A layer is a module with a matrix ``weight``
     that is called with a floating tensor, as ``nn.Linear`` is. A Hessian is kept, ``4 * K ** 2`` bytes, where the quantizer of the
-    layer asks for it. Where it asks for codes that are learned (``"autoround"``), the blocks of the model are run many times:
-    seconds for each million of weights, for bits that are known.
+    layer asks for it. Where it asks for codes that are learned, the blocks of the model (``"autoround"``), or all of it
+    (``"distill"``), are run many times: seconds for each million of weights, for bits that are known.
 
     Args:
         model: on float weights, in eager, as it will be used.
@@ -56,7 +58,7 @@ def calibrate(
         InvalidOptionError: a text without a tokenizer.
     """
     resolved = Config.from_options(config)
-    if learns(model, resolved):  # which takes more than one pass
+    if _learns(model, resolved):  # which takes more than one pass
         data = [dict(keywords) or arguments for arguments, keywords in batches(data, tokenizer, model)]
     meters = {name: meter for name, module in model.named_modules() if (meter := _meter(name, module, resolved)) is not None}
     hooks = [meter.module.register_forward_pre_hook(meter) for meter in meters.values()]
@@ -76,9 +78,17 @@ def calibrate(
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights: dict[str, Tensor] = {name: meter.module.weight for name, meter in reached.items()}  # type: ignore[misc]
     found = {name: meter.statistics() for name, meter in reached.items()}
-    if learns(model, resolved):
-        found = learn(model, lambda: run(model, data), resolved, found, None if resume is None else Path(resume))
+    if _learns(model, resolved):
+        folder = None if resume is None else Path(resume)
+        found = learn(model, lambda: run(model, data), resolved, found, folder)
+        found = distill(model, list(batches(data, None, model)), resolved, found, folder)
     return Calibration(weights, {name: s.evened() if id(weights[name]) in tables else s for name, s in found.items()})
+
+
+def _learns(model: nn.Module, config: Config) -> bool:
+    """Whether codes of a layer of ``model`` are to be learned. They are for bits that are known."""
+    layers = (config.for_layer(name) for name, module in model.named_modules() if type(module) is nn.Linear)
+    return config.bits != "auto" and any(layer is not None and QUANTIZERS[layer.quantizer].needs in LEARNING for layer in layers)
 
 
 def run(model: nn.Module, data: Any, tokenizer: Callable[..., Mapping[str, Any]] | None = None) -> None:
@@ -120,7 +130,7 @@ def _meter(name: str, module: nn.Module, config: Config) -> _Meter | None:
     layer = config.for_layer(name)
     if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding) or layer is None:
         return None
-    return _Meter(name, module, QUANTIZERS[layer.quantizer].needs in ("hessian", "outputs"))
+    return _Meter(name, module, QUANTIZERS[layer.quantizer].needs in WITH_HESSIAN)
 
 
 @dataclasses.dataclass

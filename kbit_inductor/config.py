@@ -14,13 +14,15 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import InvalidOptionError, UnknownOptionError
 from kbit_inductor.kernels.layout import FP8, MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
+from kbit_inductor.quantizers.codebooks import UNIFORM, ZERO, is_codebook
+from kbit_inductor.quantizers.pruning import is_sparsity
 from kbit_inductor.quantizers.registry import find as find_quantizer
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
 AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 BUDGETS = ("average_bits", "memory_budget", "latency_budget")
-LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade")
+LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,13 @@ class LayerConfig:
             columns of a group), or 16: not rounded. ``"auto"`` is 8 on a CPU and 16 elsewhere. ``"fp8"`` is 8-bit floats (e4m3)
             with a scale for each row on a GPU, and 8 on a CPU.
         codebook: what codes stand for between the ends of a group: ``"uniform"``, an even grid, ``"normal"``, the levels with the
-            least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same.
+            least squared error for a Gaussian, or ``"nf"``, its quantiles. At 1 and 8 bits they are all the same. Or levels of
+            one's own, ``2 ** bits`` of them from 0 to 255, as a text: ``"0 90 166 255"`` (:func:`kbit_inductor.learn_codebooks`).
         cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
             at run time. On a CPU only; it has offsets, no codebook, and a search of its own.
+        sparsity: the share of each row that is set to zero before it is quantized, or ``"2:4"`` and the like: at most 2 of each 4
+            neighbours stay. By Wanda with a calibration, by magnitude without. It goes with ``symmetric``, whose grid holds zero,
+            and with quantizers that look at one entry at a time.
     """
 
     bits: int = 4
@@ -48,6 +54,7 @@ class LayerConfig:
     activation_bits: int | str = "auto"
     codebook: str = "uniform"
     cascade: bool = False
+    sparsity: float | str = 0.0
 
     def __post_init__(self) -> None:
         self._check_bits()
@@ -59,13 +66,33 @@ class LayerConfig:
         if self.activation_bits not in ("auto", "fp8"):
             wanted = "an integer from 1 to 8, 16, 'fp8' or 'auto'"
             _integer("activation_bits", self.activation_bits, lambda v: 1 <= v <= MAX_BITS or v == 16, wanted)
-        if self.codebook not in CODEBOOK_NAMES:
-            raise InvalidOptionError(f"option 'codebook' is {self.codebook!r}; give one of {', '.join(CODEBOOK_NAMES)}")
+        if not is_codebook(self.codebook, self.bits):
+            names = ", ".join(CODEBOOK_NAMES)
+            raise InvalidOptionError(
+                f"option 'codebook' is {self.codebook!r}; give {names}, or a text of 2 ** bits levels that ascend from 0 to 255"
+            )
         if not isinstance(self.cascade, bool):
             raise InvalidOptionError(f"option 'cascade' is {self.cascade!r}; give True or False")
         if self.cascade and (self.symmetric, self.quantizer, self.codebook) != (False, "clip", "uniform"):
             raise InvalidOptionError(
                 "option 'cascade' finds codes and offsets by a search of its own; leave 'symmetric', 'quantizer' and 'codebook' out"
+            )
+        self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        if not is_sparsity(self.sparsity):
+            raise InvalidOptionError(f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to less than 1, or '2:4'")
+        if not self.sparsity:
+            return
+        if not self.symmetric or self.bits in (1, "auto") or ZERO not in (self.levels() or (ZERO,)):
+            raise InvalidOptionError(
+                "option 'sparsity' needs a grid that holds zero; give with it symmetric=True, 2 bits or more, and the codebook "
+                "'uniform' or 'nf'"
+            )
+        if QUANTIZERS[self.quantizer].needs not in ("nothing", "squares"):
+            raise InvalidOptionError(
+                f"option 'sparsity' does not go with the quantizer {self.quantizer!r}, which would put into the zeros what other "
+                "entries lose; give 'clip', 'hqq' or 'rtn'"
             )
 
     def _check_bits(self) -> None:
@@ -221,7 +248,9 @@ class Config(LayerConfig):
         if self.bits == "auto":
             chosen["bits"] = PLACEHOLDER_BITS
         elif is_end:
-            chosen["bits"] = max(self.bits, self.end_bits)
+            bits = max(self.bits, self.end_bits)
+            levels = self.codebook if is_codebook(self.codebook, bits) else UNIFORM
+            chosen |= {"bits": bits, "codebook": levels, "sparsity": 0.0}
         for pattern, options in self.overrides.items():
             if matches(pattern, name):
                 chosen |= options

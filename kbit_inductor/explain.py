@@ -39,7 +39,7 @@ class LayerReport:
         name: of the layer.
         shape: ``(N, K)`` of the matrix, ``(E, N, K)`` of a batch, or the parameter's shape where it is not matched.
         matched: whether a packed form takes its place.
-        reasons: why not, or why its floats are needed besides, or what the quantizer does without.
+        reasons: why not, or why its floats are needed besides, what the quantizer does without, or why it has more bits.
         uses: how it is used, ``"linear"``, ``"embedding"``, ``"batched_linear"`` or ``"grouped_linear"``, once for each node.
         config: bits, group size and so on; None when not matched.
         bytes_before: of the float matrix.
@@ -225,14 +225,14 @@ def _is_of(use: Use, slot: Slot) -> bool:
 def _matched_report(context: Context, slot: Slot, uses: list[Any], inputs: Sequence[Any], clock: Clock) -> LayerReport:
     weight: Tensor = inputs[slot.argument]
     packed = STORE.find(inputs, slot) or slot.pack(inputs)
-    lacks = slot.lacks(weight)
+    told = [each for each in (slot.lacks(weight), _floor(context.config, slot)) if each is not None]
     first = uses[0][0]
     shape = (*(() if first.batch is None else (first.batch,)), first.rows, first.columns)
     return LayerReport(
         name=slot.name,
         shape=shape,
         matched=True,
-        reasons=(*context.reasons.get(slot.name, ()), *(() if lacks is None else (lacks,))),
+        reasons=(*context.reasons.get(slot.name, ()), *told),
         uses=tuple(use.family for use, _ in uses),
         config=slot.form.config,
         bytes_before=math.prod(shape) * weight.element_size(),
@@ -244,6 +244,14 @@ def _matched_report(context: Context, slot: Slot, uses: list[Any], inputs: Seque
             [(choice.problem, use.m) for use, choice in uses], first.weight.config or slot.form.config, weight.device
         ),
     )
+
+
+def _floor(config: Config, slot: Slot) -> str | None:
+    """Why a weight has more bits than were asked for, or None."""
+    asked = config.for_layer(slot.name)
+    if asked is None or asked.bits >= slot.form.config.bits:
+        return None
+    return f"a table or the head, so it has end_bits={config.end_bits} in place of bits={asked.bits}"
 
 
 def _packed_before(model: Any, clock: Clock) -> list[LayerReport]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
+from kbit_inductor.quantizers import CODEBOOK_NAMES
+
 if TYPE_CHECKING:
     from kbit_inductor.explain import Explanation, LayerReport
 
@@ -69,7 +71,8 @@ def _cells(layer: LayerReport) -> list[str]:
     shape = " x ".join(map(str, layer.shape))
     if layer.config is None:
         return [layer.name, shape, "", "", "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}", "", ""]
-    bits = f"{layer.config.bits} {layer.config.codebook}" if layer.config.levels() else str(layer.config.bits)
+    name = layer.config.codebook if layer.config.codebook in CODEBOOK_NAMES else "own levels"
+    bits = f"{layer.config.bits} {name}" if layer.config.levels() else str(layer.config.bits)
     group = "row" if layer.config.group_size == -1 else str(layer.config.group_size)
     return [
         layer.name, shape, ", ".join(dict.fromkeys(layer.uses)), bits, group, f"{layer.bytes_before:,}",

@@ -111,6 +111,15 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def check(model: Any) -> None:
     """Raise NotACausalLMError where ``model`` writes no text, UncapturableModelError where it does in a way of its own."""
+    check_writes_text(model)
+    if not model._supports_sdpa:
+        raise UncapturableModelError(
+            f"{type(model).__name__} has an attention of its own, without torch's SDPA; use model.generate"
+        )
+
+
+def check_writes_text(model: Any) -> None:
+    """Raise NotACausalLMError where ``model`` does not continue a text."""
     what = "give a causal language model of transformers, as AutoModelForCausalLM.from_pretrained(…) returns"
     if not isinstance(model, PreTrainedModel):
         raise NotACausalLMError(f"the model is a {type(model).__name__}; {what}")
@@ -118,10 +127,6 @@ def check(model: Any) -> None:
         raise NotACausalLMError(f"{type(model).__name__} has an encoder, so it does not continue a prompt; {what}")
     if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise NotACausalLMError(f"{type(model).__name__} has no head that predicts tokens; {what}")
-    if not model._supports_sdpa:
-        raise UncapturableModelError(
-            f"{type(model).__name__} has an attention of its own, without torch's SDPA; use model.generate"
-        )
 
 
 def text_config(model: Any) -> Any:

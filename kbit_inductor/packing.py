@@ -19,6 +19,8 @@ from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes, unpack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words, unpack_words
 from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics, cascade
+from kbit_inductor.quantizers.grid import ratio
+from kbit_inductor.quantizers.pruning import pruned
 
 STORED = ("planes", "scale", "offset", "global_scale", "codebook")
 """Names of the operands of the storage format."""
@@ -160,9 +162,15 @@ def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: S
         found, global_scale = row_parts.Rows(nested.codes, nested.scale, nested.offset), nested.global_scale
         codebook, error = None, nested.errors[-1]
     else:
+        cut = 0.0
+        if config.sparsity:
+            whole, weight = weight, pruned(weight, config.sparsity, statistics)
+            norm = float(whole.float().square().sum(dtype=torch.float64))
+            cut = ratio(norm - float(weight.float().square().sum(dtype=torch.float64)), norm)
         quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
         found, global_scale = row_parts.Rows(quantized.codes, quantized.scale, quantized.offset), quantized.global_scale
-        codebook, error = Levels(config.bits, config.levels()).table(weight.device), quantized.error
+        codebook = Levels(config.bits, config.levels()).table(weight.device)
+        error = cut + (1 - cut) * quantized.error  # zeros stay zeros, so the two parts are of different entries
     operands = _laid_out(((part, found.of(part)) for part in parts), rows, columns, global_scale, codebook, config, layout)
     return PackedWeight(operands, config, columns, error, layout)
 

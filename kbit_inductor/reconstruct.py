@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.config import Config
+from kbit_inductor.ends import ends_of_model
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, check_finite, pack
 from kbit_inductor.progress import Progress
@@ -62,9 +63,11 @@ def learn(
         folder: where the codes of each block are kept, and found again by a run that is the same.
     """
     found, done = dict(statistics), dict[Tensor, PackedWeight]()
-    waiting = [(block, layers) for block in blocks(model) if (layers := _layers(model, block, config, statistics))]
+    waiting = [
+        (block, layers) for block in blocks(model) if (layers := layers_to_learn(model, block, config, statistics, "outputs"))
+    ]
     kept, progress = Resume(folder, f"{STEPS} {ROWS}"), Progress(len(waiting), "learning roundings")
-    with torch.inference_mode(False), torch.no_grad(), _without_cache(model), progress:
+    with torch.inference_mode(False), torch.no_grad(), without_cache(model), progress:
         for block, layers in waiting:
             learned = kept.next(layers)
             if learned is None:
@@ -76,16 +79,6 @@ def learn(
                 done[weight] = pack(weight.detach(), layer, name, statistics=found[name])
             progress.advance(next(iter(layers)))
     return found
-
-
-def learns(model: nn.Module, config: Config) -> bool:
-    """Whether codes of a layer of ``model`` are to be learned. They are for bits that are known."""
-    names = (name for name, module in model.named_modules() if type(module) is nn.Linear)
-    return config.bits != "auto" and any(_is_learned(config.for_layer(name)) for name in names)
-
-
-def _is_learned(layer: LayerConfig | None) -> bool:
-    return layer is not None and QUANTIZERS[layer.quantizer].needs == "outputs"
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -102,16 +95,22 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def _layers(model: nn.Module, block: nn.Module, config: Config, statistics: Mapping[str, Statistics]) -> dict[str, ToLearn]:
-    """The layers of ``block``, by their names in ``model``, whose codes are to be learned; not those that share their weight."""
+def layers_to_learn(
+    model: nn.Module, block: nn.Module, config: Config, statistics: Mapping[str, Statistics], needs: str
+) -> dict[str, ToLearn]:
+    """The layers of ``block``, by their names in ``model``, whose quantizer ``needs`` codes that are learned; not those that share
+    their weight."""
     inside = {module: name for name, module in block.named_modules()}
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    found = {}
+    found, ends = {}, ends_of_model(model)
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or module not in inside or name not in statistics:
             continue
-        layer, weight = config.for_layer(name), module.weight
-        if layer is not None and _is_learned(layer) and weight.numel() >= max(config.min_elements, 1) and holders[id(weight)] == 1:
+        weight = module.weight
+        layer = config.for_layer(name, weight in ends)
+        if layer is None or QUANTIZERS[layer.quantizer].needs != needs:
+            continue
+        if weight.numel() >= max(config.min_elements, 1) and holders[id(weight)] == 1:
             check_finite(weight, name)
             key = f"{inside[module]}.weight".removeprefix(".")
             found[name] = ToLearn(weight, layer, statistics[name], key)
@@ -119,7 +118,7 @@ def _layers(model: nn.Module, block: nn.Module, config: Config, statistics: Mapp
 
 
 @contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Models of transformers hand their blocks a cache of keys and values, to which each call adds."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "use_cache", False):

@@ -32,6 +32,7 @@ from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
+from kbit_inductor.quantizers.registry import WITH_HESSIAN
 from kbit_inductor.release import Owners, is_released, release
 from kbit_inductor.views import WeightView
 
@@ -92,7 +93,7 @@ class Slot:
     def lacks(self, weight: Tensor) -> str | None:
         """What the quantizer is made for and has to do without, or None when it has all that it needs."""
         name = self.form.config.quantizer
-        if QUANTIZERS[name].needs not in ("hessian", "outputs"):
+        if QUANTIZERS[name].needs not in WITH_HESSIAN:
             return None
         statistics = self._statistics(weight)
         if statistics is not None and statistics.hessian is not None:

@@ -49,6 +49,18 @@ def test_ends_get_no_fewer(model, options, wanted, one_thread_without_grad):
     assert bits_of(model, options) == dict(zip(("table", "body", "head"), wanted, strict=True))
 
 
+def test_what_raised_the_bits_is_told(one_thread_without_grad):
+    found = kbit.explain(Model(tied=True), IDS, config={"bits": 3, "end_bits": 5})
+    assert "end_bits=5 in place of bits=3" in str(found)
+    assert [layer.name for layer in found.matched if any("end_bits" in why for why in layer.reasons)] == ["table"]
+    assert not any(layer.reasons for layer in kbit.explain(Model(), IDS, config={"bits": 6}).matched)
+
+
+def test_a_plan_without_data_tells_of_its_floor():
+    plan = kbit.plan(Model(), {"bits": "auto", "average_bits": 3})
+    assert "tables and the head no fewer than uniform 3 bits" in plan.verdict
+
+
 def test_a_plan_weighs_ends_itself(one_thread_without_grad):
     options = {"bits": "auto", "average_bits": 2, "end_bits": 8}
     plan = kbit.plan(Model(), options, IDS)

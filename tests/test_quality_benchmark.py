@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,29 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, one_thread_without
 
 
 ALL = methods.methods()
+
+
+def test_sentences_of_a_tiny_model(tmp_path, monkeypatch, one_thread_without_grad):
+    sentences = pytest.importorskip("quality.sentences", reason="scipy is not installed")
+
+    class Tokenizer:
+        def __call__(self, texts, **options):
+            ids = [[ord(letter) % VOCABULARY for letter in text] for text in texts]
+            return self.pad({"input_ids": ids}, "max_length", 32) if options.get("padding") else SimpleNamespace(input_ids=ids)
+
+        def pad(self, given, padding, length, return_tensors="pt"):
+            ids = torch.tensor([each + [0] * (length - len(each)) for each in given["input_ids"]])
+            return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(f"{'ab' * (n % 7)} c{n},d{n} {'e' * (n % 5)},{n % 6}" for n in range(30)))
+    monkeypatch.setattr(sentences.minilm, "read", sentences.minilm.tiny)
+    monkeypatch.setattr(sentences.minilm, "folder", lambda: tmp_path)
+    monkeypatch.setattr(sentences.AutoTokenizer, "from_pretrained", lambda folder: Tokenizer())
+    arguments = ["--pairs", str(path), "--calibration", str(path), "--output", str(tmp_path)]
+    sentences.main([*arguments, "--only", "kbit default 4 bits"])
+    exact, ours = json.loads((tmp_path / "sentences.json").read_text())["rows"]
+    assert (exact["bits"], ours["family"]) == (32, "kbit default") and 4.5 <= ours["bits"] <= 6.6
+    assert all(each["interval"][0] <= each["interval"][1] for each in (exact, ours))
+    sentences.main([*arguments, "--only", "kbit default 3 bits", "--keep"])
+    assert "| kbit default | 4 bits |" in (tmp_path / "sentences.md").read_text()

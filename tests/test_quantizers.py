@@ -9,6 +9,7 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import InvalidOptionError, NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
+from kbit_inductor.lora import low_rank
 from kbit_inductor.lowering import registry
 from kbit_inductor.packing import operand_specs, pack
 from kbit_inductor.quantizers import QUANTIZERS, Format, Statistics, clip, register_quantizer, rtn
@@ -104,6 +105,24 @@ def test_rows_are_quantized_independently(bits, seed, name):
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     config = LayerConfig(bits, 32, False, name)
     assert torch.equal(pack(weight[order], config).dequantize(), pack(weight, config).dequantize()[order])
+
+
+@given(bits=BITS, group=GROUPS, columns=st.integers(1, 100), seed=SEEDS)
+def test_rounding_what_was_rounded_changes_nothing(bits, group, columns, seed):
+    config = LayerConfig(bits, group, False, "rtn")
+    once = pack(normal((3, columns), seed), config).dequantize()
+    # The full range is that of its own end levels, found anew in float32, whose difference may lose the bits of the larger.
+    torch.testing.assert_close(pack(once, config).dequantize(), once, rtol=0, atol=2.0**-20 * float(once.abs().max()))
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), bits=st.integers(1, 8), weighted=st.booleans(), seed=SEEDS)
+def test_an_error_term_of_full_rank_restores_the_floats(rows, columns, bits, weighted, seed):
+    weight = normal((rows, columns), seed)
+    rounded = pack(weight, LayerConfig(bits, group_size=4)).dequantize()
+    importance = torch.logspace(-2, 2, columns) if weighted else None
+    up, down = low_rank(weight - rounded, min(rows, columns), importance)
+    # Singular vectors are orthogonal to an ulp or so for each of at most nine; columns are weighed apart by at most 100.
+    torch.testing.assert_close(rounded + up @ down, weight, rtol=0, atol=100 * 9 * 2.0**-22 * float(weight.abs().max()))
 
 
 def test_clip_meets_the_best_uniform_quantizer_of_a_gaussian():

@@ -152,24 +152,24 @@ def similarity(encoder: Encoder, pairs: Sequence[tuple[str, str, float]], say: S
     rows: dict[str, Encode] = {"float32": encoder, **kbit_rows(encoder)}
     for name, encode in rows.items():
         say(f"STS-B, {name}")
-        vectors = _vectors(encode, tokenizer, [text for pair in pairs for text in pair[:2]])
-        cosine = (vectors[0::2] * vectors[1::2]).sum(1)
+        found = vectors(encode, tokenizer, [text for pair in pairs for text in pair[:2]])
+        cosine = (found[0::2] * found[1::2]).sum(1)
         correlations[name] = float(spearmanr(cosine.numpy(), scores).statistic)
     return correlations
 
 
-def _vectors(encode: Encode, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+def vectors(encode: Encode, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Vectors of ``texts``, ``[len(texts), width]``: in batches of one shape for each bucket, the last filled up."""
     tokens = tokenizer(list(texts), truncation=True, max_length=BUCKETS[-1]).input_ids
-    vectors: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
     for shortest, length in zip((0, *BUCKETS), BUCKETS, strict=False):
         bucket = [number for number, text in enumerate(tokens) if shortest < len(text) <= length]
         for start in range(0, len(bucket), BATCH):
             batch = bucket[start : start + BATCH]
             filled = batch + batch[:1] * (BATCH - len(batch))
             padded = tokenizer.pad({"input_ids": [tokens[number] for number in filled]}, "max_length", length, return_tensors="pt")
-            vectors |= zip(batch, encode(padded["input_ids"], padded["attention_mask"]), strict=False)
-    return torch.stack([vectors[number].float() for number in range(len(texts))])
+            found |= zip(batch, encode(padded["input_ids"], padded["attention_mask"]), strict=False)
+    return torch.stack([found[number].float() for number in range(len(texts))])
 
 
 def read_pairs(path: Path) -> list[tuple[str, str, float]]:

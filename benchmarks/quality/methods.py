@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from kbit_inductor import Config, LayerConfig
 from kbit_inductor.packing import pack
-from kbit_inductor.quantizers import Statistics
+from kbit_inductor.quantizers import QUANTIZERS, Statistics
+from kbit_inductor.quantizers.codebooks import as_text
+from kbit_inductor.quantizers.kmeans import learn_levels
+from kbit_inductor.quantizers.registry import LEARNING
 
 Rounded = tuple[Tensor, int]
 """The values ``[N, K]`` that are left of a matrix, and the bytes of what is stored."""
@@ -32,6 +36,7 @@ class Method:
         package: that must be importable.
         at_ends: as ``apply``, of tables and heads; None where they are as other matrices.
         options: to calibrate with, where the method learns codes of its own.
+        own_text: calibrated on text that the model has written.
     """
 
     family: str
@@ -40,6 +45,7 @@ class Method:
     package: str = "kbit_inductor"
     at_ends: Callable[[Tensor, Statistics | None], Rounded] | None = None
     options: Mapping[str, Any] | None = None
+    own_text: bool = False
 
     def reason_missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -52,18 +58,23 @@ def ours(config: LayerConfig, calibrated: bool, weight: Tensor, statistics: Stat
     return packed.dequantize(), packed.nbytes
 
 
-def with_floor(label: str, bits: int, calibrated: bool, **options: Any) -> Method:
+def with_floor(label: str, bits: int, calibrated: bool, own_text: bool = False, **options: Any) -> Method:
     """Ours as :func:`kbit_inductor.quantize_` has it: tables and heads at no fewer than ``end_bits``."""
     config = Config(bits=bits, **options)
     layer, end = config.for_layer("layer"), config.for_layer("end", is_end=True)
     if layer is None or end is None:
         raise LookupError("a config without skip skips nothing")
-    learns = {"bits": bits, **options} if config.quantizer == "autoround" else None
+    learns = {"bits": bits, **options} if QUANTIZERS[config.quantizer].needs in LEARNING else None
     groups = "" if config.group_size == 64 else f", groups of {config.group_size}"
     rounding = functools.partial(ours, layer, calibrated)
-    return Method(
-        f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=functools.partial(ours, end, calibrated), options=learns
-    )
+    at_ends = functools.partial(ours, end, calibrated)
+    return Method(f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=at_ends, options=learns, own_text=own_text)
+
+
+def with_levels(config: LayerConfig, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """Packed by this library, with levels learned for this weight."""
+    levels = learn_levels(weight, config.format(weight.size(1)), statistics)
+    return ours(config if levels is None else dataclasses.replace(config, codebook=as_text(levels)), True, weight, statistics)
 
 
 def hqq(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -85,6 +96,15 @@ def torchao(bits: int, group_size: int, weight: Tensor, statistics: Statistics |
     codes = primitives.quantize_affine(weight, block, scale, zero, torch.uint8, 0, last)
     values = primitives.dequantize_affine(codes, block, scale.half().float(), zero, torch.uint8, 0, last)
     return values, -(-codes.numel() * bits // 8) + 2 * (scale.numel() + zero.numel())
+
+
+def nf4(double: bool, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """NF4 of bitsandbytes; ``double`` stores its scales in 8 bits, as QLoRA does."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4", compress_statistics=double)
+    scales = state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    return functional.dequantize_4bit(codes, state).to(weight.dtype), codes.nbytes + scales
 
 
 # What llama.cpp takes where rows are no multiple of 256.
@@ -127,12 +147,27 @@ def methods() -> list[Method]:
     for group_size in (64, 32):
         for bits in (2, 3, 4):
             found.append(with_floor("gptq with floor", bits, True, quantizer="gptq", group_size=group_size))
+            found.append(with_floor("gptq on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size))
+            found.append(with_floor("distill on own text", bits, True, own_text=True, quantizer="distill", group_size=group_size))
+            plain = with_floor(
+                "gptq, learned levels, on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size
+            )
+            rounding = functools.partial(with_levels, LayerConfig(bits, group_size, quantizer="gptq"))
+            found.append(dataclasses.replace(plain, apply=rounding))
             found.append(with_floor("autoround with floor", bits, True, quantizer="autoround", group_size=group_size))
     for bits in (2, 3, 4, 8):
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
     for bits in range(2, 9):
         found.append(Method("torchao", f"{bits} bits", functools.partial(torchao, bits, 64), "torchao"))
-    for label, calibrated in (("llama.cpp", False), ("llama.cpp, imatrix", True)):
+    for double in (False, True):
+        name = "NF4, double" if double else "NF4"
+        found.append(Method("bitsandbytes", name, functools.partial(nf4, double), "bitsandbytes"))
+    for label, calibrated, own in (
+        ("llama.cpp", False, False),
+        ("llama.cpp, imatrix", True, False),
+        ("llama.cpp, imatrix of own text", True, True),
+    ):
         for kind in ("q2_K", "q3_K", "q4_0", "q4_K", "q5_K", "q6_K", "q8_0"):
-            found.append(Method(label, kind.upper(), functools.partial(llama_cpp, kind, calibrated), "llama_cpp"))
+            rounding = functools.partial(llama_cpp, kind, calibrated)
+            found.append(Method(label, kind.upper(), rounding, "llama_cpp", own_text=own))
     return found

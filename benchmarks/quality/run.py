@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import kbit_inductor as kbit  # noqa: E402
 from kbit_inductor.calibration import Calibration  # noqa: E402
-from kbit_inductor.ends import ends_of_model  # noqa: E402
 from quality import measures, methods, report  # noqa: E402
+from quality.rounding import matrices, rounded  # noqa: E402
 
 OUTPUT = HERE.parent / "results"
 
@@ -48,17 +48,20 @@ def measure(folder: Path, options: argparse.Namespace, console: Console) -> dict
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = _windows(tokenizer, options.text, options.length, options.windows)
     data = _windows(tokenizer, options.calibration, options.length, options.calibration_windows)
-    calibration = kbit.calibrate(model, data.split(1), {"quantizer": "gptq"})
+    texts = {False: data, True: kbit.own_text(model, options.calibration_windows, options.length)}
+    calibrations = {own: kbit.calibrate(model, text.split(1), {"quantizer": "gptq"}) for own, text in texts.items()}
     exact = measures.logits(model, text)
     rows = [{"family": "float32", "name": "", "bits": 32.0, **measures.score(exact, exact, text).summary()}]
     for method in methods.methods():
         if any(wanted in f"{method.family} {method.name}" for wanted in options.only):
-            own = calibration if method.options is None else kbit.calibrate(model, data.split(1), method.options)
-            rows.append(_row(method, model, own, exact, text))
+            seen = calibrations[method.own_text]
+            if method.options is not None:
+                seen = kbit.calibrate(model, texts[method.own_text].split(1), method.options)
+            rows.append(_row(method, model, seen, exact, text))
             console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
     if any("kbit auto".startswith(wanted) for wanted in options.only):
         for average in options.averages:
-            rows.append(_planned(average, model, calibration, data, exact, text))
+            rows.append(_planned(average, model, calibrations[False], data, exact, text))
             console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "rows": rows}
 
@@ -68,18 +71,9 @@ def _row(method: methods.Method, model: nn.Module, calibration: Calibration, exa
     row: dict[str, Any] = {"family": method.family, "name": method.name}
     if (missing := method.reason_missing()) is not None:
         return {**row, "missing": missing}
-    weights = _matrices(model)
-    originals, ends, nbytes = {weight: weight.data for weight in weights}, ends_of_model(model), 0
-    try:
-        for weight, original in originals.items():
-            rounding = method.at_ends if method.at_ends is not None and weight in ends else method.apply
-            weight.data, stored = rounding(original, calibration.of(weight, weight.size(1)))
-            nbytes += stored
+    with rounded(method, model, calibration) as bits:
         scores = measures.score(measures.logits(model, text), exact, text)
-    finally:
-        for weight, original in originals.items():
-            weight.data = original
-    return {**row, "bits": 8 * nbytes / sum(weight.numel() for weight in weights), **scores.summary()}
+    return {**row, "bits": bits, **scores.summary()}
 
 
 def _planned(
@@ -90,14 +84,10 @@ def _planned(
     plan = kbit.plan(model, options, data[:2].split(1))
     config = plan.apply(options)
     names = {id(module.weight): name for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
-    layers = {weight: config.for_layer(names[id(weight)]) for weight in _matrices(model)}
+    layers = {weight: config.for_layer(names[id(weight)]) for weight in matrices(model)}
     bits = iter(layers.values())
     method = methods.Method("kbit auto", f"{average:g} bits", lambda w, s: methods.ours(next(bits), True, w, s))  # type: ignore[arg-type]
     return {**_row(method, model, calibration, exact, text), "verdict": plan.verdict}
-
-
-def _matrices(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.dim() == 2]
 
 
 def _windows(tokenizer: Any, path: Path, length: int, count: int) -> Tensor:

@@ -139,7 +139,8 @@ def solve(
     bits = [choice[index] for choice, index in zip(choices, taken, strict=True)]
     even = [unit.pinned or uniform for unit in units]
     if divergence is None:
-        return _report(units, bits, f"the least sum of relative errors under {budget.text}; not checked, there was no data", {})
+        told = f"the least sum of relative errors under {budget.text}; not checked, there was no data"
+        return _report(units, bits, f"{told}; tables and the head no fewer than uniform {uniform} bits", {})
     found = {
         "plan": _divergence(units, bits, divergence, calibration),
         "uniform": _divergence(units, even, divergence, calibration),

@@ -7,63 +7,24 @@ here: whoever has the model minimizes that of a block's output (:mod:`kbit_induc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kbit_inductor.kernels.layout import pack_codes, unpack_codes
-from kbit_inductor.logs import logger
+from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.format import Format
-from kbit_inductor.quantizers.gptq import gptq
-from kbit_inductor.quantizers.grid import Quantized, ratio, round_to_half
+from kbit_inductor.quantizers.grid import Quantized, round_to_half
+from kbit_inductor.quantizers.learned import Learned, error_of, learned_or_gptq
 from kbit_inductor.quantizers.statistics import Statistics
 
-log = logger("pack")
-SAME = 1e-6  # relative difference of errors, sums in another order
 SCALE_RATE = 0.2  # of the rate of the rounding: a scale moves all values of its group
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """Codes of ``format`` that were learned for one weight: those of ``quantized``, which holds none, as ``planes``.
-
-    They are of no use for another weight; that a weight is the same is seen by its error, computed alike.
-    """
-
-    format: Format
-    planes: Tensor
-    quantized: Quantized
-
-    def of(self, weight: Tensor, format: Format) -> Quantized | None:
-        """The codes for ``weight`` ``[N, K]``; None where they were learned for another format or weight."""
-        if format != self.format or weight.shape != (self.planes.size(1), weight.size(-1)):
-            return None
-        codes = unpack_codes(self.planes, weight.size(1)).to(weight.device)
-        found = self.quantized
-        grid = (found.scale, found.offset, found.global_scale)
-        scale, offset, global_scale = (None if part is None else part.to(weight.device) for part in grid)
-        made = Quantized(codes, scale, offset, global_scale, found.error)  # type: ignore[arg-type]
-        return made if math.isclose(_error(weight, made, format), found.error, rel_tol=SAME) else None
 
 
 def autoround(weight: Tensor, format: Format, statistics: Statistics | None = None) -> Quantized:
     """The codes that were learned for ``weight`` ``[N, K]``; where there are none, those of ``"gptq"``."""
-    learned = None if statistics is None else statistics.learned
-    if learned is None:
-        return gptq(weight, format, statistics)
-    found = learned.of(weight, format)
-    if found is None:
-        log.warning(
-            "autoround: what was learned for a weight of shape %s is of another format or weight; quantizing it by 'gptq'. "
-            "Calibrate the model as it is, with the options it is to be quantized with",
-            tuple(weight.shape),
-        )
-        return gptq(weight, format, statistics)
-    return found
+    return learned_or_gptq("autoround", weight, format, statistics)
 
 
 class LearnedRounding:
@@ -114,15 +75,15 @@ class LearnedRounding:
         offset = None if self.offset is None else self._offset().half()
         codes = self.levels.codes(levels)
         found = Quantized(codes, scale, offset, self.global_scale, 0.0)
-        error = _error(self.weight, found, self.format)
+        error = error_of(self.weight, found, self.format)
         none = codes.new_empty(0, codes.size(1))
         return Learned(self.format, pack_codes(codes, self.format.bits), Quantized(none, scale, offset, self.global_scale, error))
 
     def _scale(self) -> Tensor:
-        return _through(round_to_half, self.scale * (1 + self.variables[1]))
+        return through(round_to_half, self.scale * (1 + self.variables[1]))
 
     def _offset(self) -> Tensor:
-        return _through(round_to_half, self.offset + self.variables[2] * self.gap * self.scale)
+        return through(round_to_half, self.offset + self.variables[2] * self.gap * self.scale)
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scale and value of level 0 of each column, and its level, all ``[N, K]``."""
@@ -131,21 +92,9 @@ class LearnedRounding:
         inverse = torch.where(scale == 0, 0.0, 1.0 / torch.where(scale == 0, 1.0, scale))
         position = (self.values - base) * inverse + self.variables[0] * self.gap
         inside = position.clamp(self.levels.lowest, self.levels.highest)
-        return scale, base, _through(lambda at: self.levels.nearest(at.clone()), inside)
+        return scale, base, through(lambda at: self.levels.nearest(at.clone()), inside)
 
 
-def _through(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+def through(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """``function(values)``, with the gradient of the identity."""
     return values + (function(values.detach()) - values).detach()
-
-
-def _error(weight: Tensor, quantized: Quantized, format: Format) -> float:
-    """Squared error over squared norm."""
-    group = torch.arange(weight.size(1), device=weight.device) // format.group_size
-    table = format.levels.table(weight.device)
-    levels = quantized.codes.float() if table is None else table.float()[quantized.codes.int()]
-    scale = quantized.scale.float()[:, group]
-    base = -scale * format.levels.midpoint if quantized.offset is None else quantized.offset.float()[:, group]
-    values = weight.float() / quantized.global_scale
-    lost = (torch.addcmul(base, levels, scale) - values).square().sum(dtype=torch.float64)
-    return ratio(float(lost), float(values.square().sum(dtype=torch.float64)))

@@ -76,11 +76,29 @@ CODEBOOK_NAMES = (UNIFORM, *CODEBOOKS)
 
 @functools.cache
 def codebook(name: str, bits: int) -> Codebook | None:
-    """The levels of the codebook called ``name``, one of :data:`CODEBOOK_NAMES`; None where every code is its own level."""
+    """The levels of the codebook called ``name``, one of :data:`CODEBOOK_NAMES` or a text of levels (:func:`as_text`); None where
+    every code is its own level."""
     if name == UNIFORM or not takes_codebook(bits):
         return None
+    if name not in CODEBOOKS:
+        return tuple(int(level) for level in name.split())
     with no_modes():  # it may be asked for while a graph is traced
         return to_bytes(CODEBOOKS[name](bits))
+
+
+def is_codebook(name: object, bits: int | str) -> bool:
+    """Whether ``name`` is one of :data:`CODEBOOK_NAMES`, or a text of ``2 ** bits`` ascending levels from 0 to 255."""
+    if not isinstance(name, str) or name in CODEBOOK_NAMES:
+        return isinstance(name, str)
+    if not all(level.isdecimal() for level in name.split()) or bits == "auto" or not takes_codebook(int(bits)):
+        return False
+    levels = [int(level) for level in name.split()]
+    return len(levels) == 2 ** int(bits) and levels == sorted(set(levels)) and levels[-1] < 2**MAX_BITS
+
+
+def as_text(levels: Codebook) -> str:
+    """``levels`` as a value of the option ``codebook``."""
+    return " ".join(map(str, levels))
 
 
 def to_bytes(levels: Tensor) -> Codebook:
@@ -91,4 +109,5 @@ def to_bytes(levels: Tensor) -> Codebook:
         rounded[i] = max(rounded[i], rounded[i - 1] + 1)
     for i in reversed(range(middle)):
         rounded[i] = min(rounded[i], rounded[i + 1] - 1)
-    return tuple(rounded)
+    last = len(rounded) - 1
+    return tuple(min(max(level, i), 2**MAX_BITS - 1 - last + i) for i, level in enumerate(rounded))

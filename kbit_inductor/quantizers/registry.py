@@ -16,6 +16,7 @@ from kbit_inductor.entry_points import load
 from kbit_inductor.errors import InvalidOptionError
 from kbit_inductor.quantizers.autoround import autoround
 from kbit_inductor.quantizers.clip import clip
+from kbit_inductor.quantizers.distill import distill
 from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.gptq import gptq
 from kbit_inductor.quantizers.grid import Quantized
@@ -29,7 +30,8 @@ Quantize = Callable[[Tensor, Format, "Statistics | None"], Quantized]
 It must be a function of its arguments alone: the same codes in every process and for every number of threads.
 """
 
-NEEDS = ("nothing", "squares", "hessian", "outputs")
+NEEDS = ("nothing", "squares", "hessian", "outputs", "predictions")
+WITH_HESSIAN, LEARNING = NEEDS[2:], NEEDS[3:]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Quantizer:
         name: the value of the option ``quantizer``.
         quantize: what computes them.
         needs: the most that it makes use of among :class:`Statistics`: ``"nothing"``, ``"squares"`` (``mean_square``) or
-            ``"hessian"``, or ``"outputs"``: the Hessian too, and codes that were ``learned`` for what the block around the layer
-            returns. Calibration collects no more than that. It must also do without.
+            ``"hessian"``, ``"outputs"``: the Hessian too, and codes that were ``learned`` for what the block around the layer
+            returns, or ``"predictions"``: the same for what the whole model returns. Calibration collects no more than that. It
+            must also do without.
     """
 
     name: str
@@ -53,6 +56,7 @@ GROUP = "kbit_inductor.quantizers"
 BUILT_IN = (
     Quantizer("autoround", autoround, "outputs"),
     Quantizer("clip", clip, "squares"),
+    Quantizer("distill", distill, "predictions"),
     Quantizer("gptq", gptq, "hessian"),
     Quantizer("hqq", hqq),
     Quantizer("rtn", rtn),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kbit_inductor.quantizers.autoround import Learned
+    from kbit_inductor.quantizers.learned import Learned
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,70 @@
+"""Codes that were learned elsewhere, with the model at hand, for one weight, and how a quantizer hands them out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kbit_inductor.kernels.layout import unpack_codes
+from kbit_inductor.logs import logger
+from kbit_inductor.quantizers.format import Format
+from kbit_inductor.quantizers.gptq import gptq
+from kbit_inductor.quantizers.grid import Quantized, ratio
+from kbit_inductor.quantizers.statistics import Statistics
+
+log = logger("pack")
+SAME = 1e-6  # relative difference of errors, sums in another order
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Codes of ``format`` that were learned for one weight: those of ``quantized``, which holds none, as ``planes``.
+
+    They are of no use for another weight; that a weight is the same is seen by its error, computed alike.
+    """
+
+    format: Format
+    planes: Tensor
+    quantized: Quantized
+
+    def of(self, weight: Tensor, format: Format) -> Quantized | None:
+        """The codes for ``weight`` ``[N, K]``; None where they were learned for another format or weight."""
+        if format != self.format or weight.shape != (self.planes.size(1), weight.size(-1)):
+            return None
+        codes = unpack_codes(self.planes, weight.size(1)).to(weight.device)
+        found = self.quantized
+        grid = (found.scale, found.offset, found.global_scale)
+        scale, offset, global_scale = (None if part is None else part.to(weight.device) for part in grid)
+        made = Quantized(codes, scale, offset, global_scale, found.error)  # type: ignore[arg-type]
+        return made if math.isclose(error_of(weight, made, format), found.error, rel_tol=SAME) else None
+
+
+def learned_or_gptq(name: str, weight: Tensor, format: Format, statistics: Statistics | None) -> Quantized:
+    """What the quantizer ``name`` gives: the codes learned for ``weight`` ``[N, K]``; where there are none, those of ``"gptq"``."""
+    learned = None if statistics is None else statistics.learned
+    if learned is None:
+        return gptq(weight, format, statistics)
+    found = learned.of(weight, format)
+    if found is None:
+        log.warning(
+            "%s: what was learned for a weight of shape %s is of another format or weight; quantizing it by 'gptq'. "
+            "Calibrate the model as it is, with the options it is to be quantized with",
+            name, tuple(weight.shape),
+        )  # fmt: skip
+        return gptq(weight, format, statistics)
+    return found
+
+
+def error_of(weight: Tensor, quantized: Quantized, format: Format) -> float:
+    """Squared error over squared norm."""
+    group = torch.arange(weight.size(1), device=weight.device) // format.group_size
+    table = format.levels.table(weight.device)
+    levels = quantized.codes.float() if table is None else table.float()[quantized.codes.int()]
+    scale = quantized.scale.float()[:, group]
+    base = -scale * format.levels.midpoint if quantized.offset is None else quantized.offset.float()[:, group]
+    values = weight.float() / quantized.global_scale
+    lost = (torch.addcmul(base, levels, scale) - values).square().sum(dtype=torch.float64)
+    return ratio(float(lost), float(values.square().sum(dtype=torch.float64)))
