@@ -25,8 +25,11 @@ def layer(**options: object) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("masks", [(), (CAUSAL,), (None, PADDING), (CAUSAL, PADDING)], ids=["none", "causal", "padding", "both"])
-@pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}], ids=["relu", "gelu, norm first"])
+@pytest.mark.parametrize(
+    ("options", "masks"),
+    [({}, ()), ({}, (CAUSAL,)), ({}, (None, PADDING)), ({"norm_first": True, "activation": "gelu"}, (CAUSAL, PADDING))],
+    ids=["relu", "causal", "padding", "gelu, norm first, both masks"],
+)
 def test_an_encoder_layer_is_its_products(options: dict[str, object], masks: tuple[torch.Tensor, ...]) -> None:
     model, x = layer(**options), torch.randn(2, 5, 32)
     passes = [each for each in BUILT_IN if each.name != "chain"]
