@@ -183,6 +183,15 @@ INTERRUPTED = {
 }
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """A shell that starts the tests in the background lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("case", INTERRUPTED)
 def test_ctrl_c_leaves_what_was_there(case: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes while the new file is being written."""

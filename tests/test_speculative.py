@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kbit_inductor as kbit
+from kbit_inductor import backend
 from kbit_inductor.generation import captured
 
 VOCABULARY = 200
@@ -39,7 +40,7 @@ def made() -> tuple[kbit.Generator, kbit.SpeculativeGenerator]:
     """A generator, and one that drafts, of the same three graphs. They are captured and not compiled, which takes long."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captured, "kbit", lambda graph, inputs, options: graph)
+        patch.setattr(captured, "kbit", lambda graph, inputs, options: backend.Bound(graph, tuple(range(len(inputs))), ()))
         speculative = kbit.SpeculativeGenerator(kbit.quantize_(tiny(), OPTIONS), 32, OPTIONS, draft_bits=3, draft_tokens=3)
     plain = object.__new__(kbit.Generator)
     plain.__dict__ = speculative.__dict__.copy()

@@ -44,6 +44,18 @@ class Tied(nn.Module):
         return functional.linear(torch.relu(self.inner(self.table(indices))), self.table.weight)
 
 
+class Last(nn.Module):
+    """The logits of the last token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, WIDTH]`` to ``[B, 30]``."""
+        return self.head(x)[:, -1]  # type: ignore[no-any-return]
+
+
 class Spellings(nn.Module):
     """Products that are not ``nn.Linear``, of views of weights."""
 
@@ -106,6 +118,7 @@ def examples() -> list[tuple[nn.Module, tuple[Any, ...]]]:
         (nn.Sequential(nn.Linear(WIDTH, 40), nn.GELU(), nn.Linear(40, WIDTH, bias=False), nn.Tanh()), (x,)),
         (Block(), (x,)),
         (Tied(), (torch.arange(10).view(2, 5),)),
+        (Last(), (x,)),
         (Spellings(), (x,)),
         (InPlace(), (x,)),
         (Columns(), (x.transpose(1, 2),)),

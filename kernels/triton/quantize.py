@@ -183,8 +183,10 @@ def quantize(
     A row with a NaN or an infinity gets a step of NaN there, so its products are NaN. Values below the normal floats are 0.
     """
     rounded = empty_activations(x.size(0), layout, span, x.device, fp8 if bits == FP8 else torch.int8)
-    arguments = launch_arguments(x, layout, span, bits, rounded, norm)
-    if rounded.values.numel():
+    if not rounded.values.numel():
+        rounded.step.zero_()  # that of a row without columns is read all the same
+    else:
+        arguments = launch_arguments(x, layout, span, bits, rounded, norm)
         with torch.cuda.device_of(x):  # Triton launches on the current device, whatever device the tensors are on
             quantize_kernel[x.size(0), triton.cdiv(arguments["segments"], BLOCK_SEGMENTS)](**arguments)
     return rounded
