@@ -134,7 +134,10 @@ def empty_activations(m: int, layout: WordLayout, span: int, device: torch.devic
     """Room for ``m`` rounded rows: of int8 with a step for each ``span`` pieces, else of 8-bit floats, held by ``dtype``."""
     values = torch.empty(m, layout.padded_columns, dtype=dtype, device=device)
     step, sums = torch.empty(2, layout.pieces // span, m, dtype=torch.float32, device=device)
-    return Activations(values, step if dtype == torch.int8 else torch.empty(m, dtype=torch.float32, device=device), sums)
+    if dtype != torch.int8:
+        new = torch.empty if layout.padded_columns else torch.zeros  # that of a row without columns is read, too
+        step = new(m, dtype=torch.float32, device=device)
+    return Activations(values, step, sums)
 
 
 def launch_arguments(
@@ -183,10 +186,8 @@ def quantize(
     A row with a NaN or an infinity gets a step of NaN there, so its products are NaN. Values below the normal floats are 0.
     """
     rounded = empty_activations(x.size(0), layout, span, x.device, fp8 if bits == FP8 else torch.int8)
-    if not rounded.values.numel():
-        rounded.step.zero_()  # that of a row without columns is read all the same
-    else:
-        arguments = launch_arguments(x, layout, span, bits, rounded, norm)
+    arguments = launch_arguments(x, layout, span, bits, rounded, norm)
+    if rounded.values.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device, whatever device the tensors are on
             quantize_kernel[x.size(0), triton.cdiv(arguments["segments"], BLOCK_SEGMENTS)](**arguments)
     return rounded
