@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from current_weights import HIDDEN, WIDTH, Block
 from torch import Tensor, nn
 
 import kbit_inductor
@@ -23,8 +24,6 @@ from kbit_inductor import LayerConfig, ReleasedWeightError
 from kbit_inductor.packing import pack
 from kbit_inductor.testing import relative_error
 
-WIDTH = 64
-HIDDEN = 128
 RELEASE = {"bits": 8, "release_weights": True}
 
 # Two float32 evaluations of a chain of two dot products of K terms: each is off by at most K·u·Σ|xᵢwᵢ|, u = 2⁻²⁴ (Higham, 2002,
@@ -35,16 +34,6 @@ ROUNDING = 2 * 2 * HIDDEN**1.5 * 2.0**-24
 QUANTIZED = 0.04
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(WIDTH, HIDDEN)
-        self.down = nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
 
 
 class Tied(nn.Module):

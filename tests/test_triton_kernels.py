@@ -188,6 +188,10 @@ def config_named(name: str, layout: WordLayout) -> Config | None:
     bits=6, columns=150, group_size=32, symmetric=False, exponent=0, seed=0, m=3, n=20, dtype=torch.float16, codebook=False,
     bias=None, strides="contiguous", config="split", activation_bits=16,
 )  # fmt: skip
+@example(
+    bits=1, columns=0, group_size=1, symmetric=False, exponent=0, seed=0, m=1, n=1, dtype=torch.float16, codebook=False,
+    bias=None, strides="contiguous", config="split", activation_bits=FP8,
+)  # fmt: skip
 def check_linear(
     bits, columns, group_size, symmetric, exponent, seed, m, n, dtype, codebook, bias, strides, config, activation_bits
 ):  # fmt: skip
