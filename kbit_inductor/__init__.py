@@ -55,6 +55,7 @@ from kbit_inductor.errors import (
     WrongDeviceError,
 )
 from kbit_inductor.explain import Explanation, LayerReport, explain
+from kbit_inductor.generation.custom_generate import custom_generate
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
@@ -137,6 +138,7 @@ __all__ = [
     "WrongDeviceError",
     "bisect",
     "calibrate",
+    "custom_generate",
     "dequantize_",
     "explain",
     "export",

@@ -1,6 +1,7 @@
 """The rows of the whole-model comparison: from a row's name to something that generates.
 
-Names: ``kbit-4``, ``eager-float32``, ``inductor-bfloat16``, ``llama.cpp-Q4_0``.
+Names: ``kbit-4``, ``transformers-4`` (``generate`` of transformers on the same steps), ``eager-float32``, ``inductor-bfloat16``,
+``llama.cpp-Q4_0``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def imports(variant: str) -> None:
 def load(folder: Path, variant: str, length: int) -> Loaded:
     """The row ``variant`` on the model in ``folder``, with room for ``length`` tokens."""
     way, _, kind = variant.partition("-")
-    return {"kbit": _kbit, "eager": _floats, "inductor": _floats, "llama.cpp": _llama}[way](folder, way, kind, length)
+    return {"kbit": _kbit, "transformers": _kbit, "eager": _floats, "inductor": _floats, "llama.cpp": _llama}[way](
+        folder, way, kind, length
+    )
 
 
 def _kbit(folder: Path, way: str, kind: str, length: int) -> Loaded:
@@ -49,13 +52,16 @@ def _kbit(folder: Path, way: str, kind: str, length: int) -> Loaded:
     import smollm2
     import torch
 
-    from kbit_inductor import Generator
+    from kbit_inductor import Generator, custom_generate
 
     model, _ = smollm2.load(folder)
+    model.generation_config.eos_token_id = None  # all rows write as many tokens
     generator = Generator(model, length, options={"bits": int(kind), "end_bits": 1, "release_weights": True})
+    more = {"do_sample": False, "custom_generate": custom_generate(generator)} if way == "transformers" else {}
+    write = model.generate if way == "transformers" else generator.generate
 
     def generate(tokens: list[int], new: int) -> list[int]:
-        texts = generator.generate(torch.tensor([tokens]), new, eos_token_id=())
+        texts = write(torch.tensor([tokens]), max_new_tokens=new, **more)
         return list(texts[0, len(tokens) :].tolist())
 
     _warm_up(generate, length)

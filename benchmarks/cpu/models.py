@@ -44,9 +44,9 @@ class Protocol:
 
 
 def variants(bits: Sequence[int]) -> list[str]:
-    """All rows: ours, each followed by llama.cpp's with about as many bits, then torch's."""
+    """All rows: ours, each followed by llama.cpp's with about as many bits, our first through transformers, then torch's."""
     pairs = [[f"kbit-{k}"] + ([f"llama.cpp-{llama.TYPES[k]}"] if k in llama.TYPES else []) for k in bits]
-    return [*(variant for pair in pairs for variant in pair), *generators.FLOATS]
+    return [*(variant for pair in pairs for variant in pair), f"transformers-{bits[0]}", *generators.FLOATS]
 
 
 def prepare(folder: Path, say: Say = silent) -> None:

@@ -97,15 +97,28 @@ def _layers(results: Results) -> Iterator[Grid]:
             (gone["contender"], gone["reason"]) for gone in part["missing"] if (gone["rows"], gone["columns"]) == shape
         )
         yield Grid(f"y = x Wᵀ, W {name}: µs", ("", "MB", *heads), times, notes)
-        yield Grid(f"W {name}: our time over others'", _RATIOS, [_ratio_row(row) for row in compare(rows, reading)])
+        yield _layer_ratios(name, compare(rows, reading))
 
 
-_RATIOS = ("", "M", "of reading its bytes", "of the fastest peer", "which is", "of the fastest of as many bits")
-
-
-def _ratio_row(row: Results) -> list[str]:
-    ratios = [_ratio(row["of_reading"]), _ratio(row["of_best"]), row["best"] or NONE, _ratio(row["of_same_bits"])]
-    return [row["contender"], str(row["inputs"]), *ratios]
+def _layer_ratios(name: str, rows: Sequence[Results]) -> Grid:
+    """Of one shape: a line for each of our contenders, and beside each other what was measured at as many rows of x."""
+    inputs = _unique(row["inputs"] for row in rows)
+    cells = {(row["contender"], row["inputs"]): row for row in rows}
+    heads, columns = [], []
+    for count in inputs:
+        if count == inputs[0] and rows[0]["of_reading"]:
+            heads.append(f"M={count}: of reading its bytes")
+            columns.append((count, lambda row: _ratio(row["of_reading"])))
+        heads.append(f"M={count}: of the fastest peer")
+        columns.append((count, lambda row: f"{_ratio(row['of_best'])} ({_ratio(row['of_same_bits'])})"))
+    lines = [
+        [contender, *(show(cells[contender, count]) if (contender, count) in cells else NONE for count, show in columns)]
+        for contender in _unique(row["contender"] for row in rows)
+    ]
+    best = {row["inputs"]: row["best"] for row in rows if row["best"]}
+    fastest_ones = "; ".join(f"M={count}: {peer}" for count, peer in best.items())
+    notes = [f"In brackets: of the fastest peer with as many bits. The fastest of all: {fastest_ones}."]
+    return Grid(f"W {name}: our time over others'", ("", *heads), lines, notes if best else ())
 
 
 def _models(results: Results) -> Iterator[Grid]:
@@ -132,6 +145,31 @@ def _models(results: Results) -> Iterator[Grid]:
         "model.",
     ]
     yield Grid(part.get("model", ""), head, rows, [*notes, *_missing(part)])
+    yield from _model_ratios(part)
+
+
+def _model_ratios(part: Results) -> Iterator[Grid]:
+    """Our tokens per second over those of others, as bytes of weights go."""
+    ours = [row for row in part["rows"] if row["contender"].startswith("kbit-")]
+    peers = [row for row in part["rows"] if not row["contender"].startswith(("kbit-", "transformers-"))]
+    ggml = [row for row in peers if row["contender"].startswith("llama.cpp")]
+    if not ours or not ggml:
+        return
+    best = min(peers, key=lambda row: float(row["window_seconds"]))
+    rows = []
+    for row in ours:
+        near = min(ggml, key=lambda peer: abs(peer["weight_bytes"] - row["weight_bytes"]))
+        rows.append(
+            [
+                row["contender"],
+                f"{row['weight_bytes'] / 1e6:.1f}",
+                f"{near['contender']} ({near['weight_bytes'] / 1e6:.1f} MB)",
+                _ratio(near["token_seconds"] / row["token_seconds"]),
+                _ratio(best["window_seconds"] / row["window_seconds"]),
+            ]
+        )
+    head = ("", "weights, MB", "llama.cpp's of the nearest size", "decode over it", "prefill over the fastest peer")
+    yield Grid("Our tokens per second over others'", head, rows, [f"The fastest peer with the prompt: {best['contender']}."])
 
 
 def _minilm(results: Results) -> Iterator[Grid]:

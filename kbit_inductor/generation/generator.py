@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Coroutine
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.generation.captured import Captured
 from kbit_inductor.generation.prompt import prepare
 from kbit_inductor.generation.sampling import Sampling
+from kbit_inductor.release import trim_heap
 
 Options = Mapping[str, Any] | Config | None
 EXAMPLE = 2  # the smallest size that torch.compile does not take for a special case
@@ -89,6 +91,7 @@ class Generator:
             self._read = self._capture(read, prompt, padding)
         self._buffers = buffers
         self._step = self._capture_step(1)
+        trim_heap()  # of what compiling took
 
     def _capture_step(self, new: int) -> Captured:
         """The graph for ``new`` tokens after any number of others: the logits of the last, or of each where they are several."""
@@ -191,23 +194,53 @@ class Generator:
         random = _random(seed, generator, self.model.device)
         return self._tokens(ids.to(ends), padding.to(ends), count, ends, lambda logits: sampling.choose(logits, random))
 
+    def continuation(self, ids: Tensor, attention_mask: Tensor | None = None) -> Coroutine[Tensor, Tensor, None]:
+        """Logits step by step, for whoever chooses tokens by other rules than :meth:`stream` does.
+
+        Args:
+            ids: integers ``[batch_size, tokens]``, with room for at least one more token.
+            attention_mask: as in :meth:`stream`.
+
+        Returns:
+            A coroutine: ``next`` gives the logits ``[batch_size, vocabulary]`` that follow the prompts, and ``send(tokens)``, of
+            int64 ``[batch_size]``, those that follow ``tokens`` too.
+
+        Raises:
+            InvalidPromptError, EmptyPromptError, PromptTooLongError, InvalidPaddingError: about the arguments.
+            TrainingModeError: the model is in training mode now.
+            TooManyTokensError: from the coroutine, when ``max_length`` tokens were given.
+            InterruptedStreamError: from the coroutine, when another text was begun.
+        """
+        self._check_mode()
+        ids, padding = prepare(ids, attention_mask, self.batch_size, self.max_length, self._sizes.vocab_size)
+        return self._steps(ids.to(self.model.device), padding.to(self.model.device))
+
     def _tokens(
         self, ids: Tensor, padding: Tensor, count: int, ends: Tensor, choose: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        self._text += 1
-        text = self._text
-        position, last = ids.shape[1], ids.shape[1] + count - 1
         ended = torch.zeros_like(padding, dtype=torch.bool)
-        logits = self._begin(ids, padding)
-        while True:
+        steps = self._steps(ids, padding)
+        logits = next(steps)
+        for left in reversed(range(count)):
             token = choose(logits)
             if len(ends) > 0:
                 token = token.where(~ended, self._filler(ends))
                 ended |= torch.isin(token, ends)
             yield token
-            if position == last or bool(ended.all()):
+            if left == 0 or bool(ended.all()):
                 return
+            logits = steps.send(token)
+
+    def _steps(self, ids: Tensor, padding: Tensor) -> Coroutine[Tensor, Tensor, None]:
+        """The logits that follow ``ids``, then those that follow each token that is sent."""
+        self._text += 1
+        text, position = self._text, ids.shape[1]
+        logits = self._begin(ids, padding)
+        while True:
+            token = yield logits
             self._check_uninterrupted(text)
+            if position >= self.max_length - 1:
+                raise TooManyTokensError(f"max_length={self.max_length} has no room for more; make a Generator with a larger one")
             logits = self._step(position, token[:, None], padding)
             position += 1
 
