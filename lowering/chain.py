@@ -37,7 +37,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Attention:
-    """A call of ``kbit::decode_attention_cpu`` whose result is laid out as ``[B, M, H * D]``."""
+    """A call of ``kbit::attention_cpu`` whose result is laid out as ``[B, M, H * D]``."""
 
     query: Position
     key: Position

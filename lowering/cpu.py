@@ -27,7 +27,7 @@ SCHEMAS = {
     ),
     "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
     # Attention of a few queries over a cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
-    "decode_attention_cpu": "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
+    "attention_cpu": "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal=False) -> Tensor",
     # New keys and values into caches, turned by their positions; the turned queries: see kbit_inductor.lowering.chain.append.
     "append_cpu": (
         "(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, SymInt start, "
@@ -103,7 +103,7 @@ def _embedding_fake(indices: Tensor, weight: Tensor, embedding_dim: int, dtype: 
     return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
     batch, heads, queries, _ = query.shape
     return query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)  # the heads of a query lie together
 
@@ -182,7 +182,7 @@ for _name, _schema in TOOLS.items():
 torch.library.register_fake("kbit::linear_cpu", _linear_fake)
 torch.library.register_fake("kbit::fused_linear_cpu", _fused_fake)
 torch.library.register_fake("kbit::embedding_cpu", _embedding_fake)
-torch.library.register_fake("kbit::decode_attention_cpu", _attention_fake)
+torch.library.register_fake("kbit::attention_cpu", _attention_fake)
 torch.library.register_fake("kbit::append_cpu", _append_fake)
 torch.library.register_fake("kbit::chain_cpu", _chain_fake)
 torch.library.register_fake("kbit::caching_chain_cpu", _caching_chain_fake)

@@ -31,7 +31,7 @@ operands = st.lists(st.tuples(positions, positions, positions), min_size=1, max_
     lambda rows: tuple(zip(*rows, strict=True))
 )
 numbers = st.floats(allow_nan=False)
-OPERATORS = chains.Operators(KBIT.fused_linear_cpu, KBIT.decode_attention_cpu, KBIT.append_cpu)
+OPERATORS = chains.Operators(KBIT.fused_linear_cpu, KBIT.attention_cpu, KBIT.append_cpu)
 products = st.builds(
     lambda operands, **rest: chains.Product(weights=operands[0], biases=operands[1], rows=operands[2], **rest),
     operands, x=positions, norm_weight=positions, eps=numbers, activation=st.sampled_from(["", "silu"]), gated=st.booleans(),

@@ -30,7 +30,7 @@ def test_a_llama_layer_is_four_calls():
             return self.model(ids, use_cache=False).logits
 
     compiled = Compiled(Logits(), torch.randint(0, 200, (2, 9)))
-    assert compiled.fusions == {"siblings": 2 * 5, "gate": 2, "residual": 2 * 2, "norm": 2 * 2 + 1}
+    assert compiled.fusions == {"siblings": 2 * 5, "gate": 2, "residual": 2 * 2, "norm": 2 * 2 + 1, "attention": 2}
     assert compiled.products() == 2 * 4 + 1  # and the head
     assert compiled.operators["rsqrt"] == 0  # though the head takes a slice of the last norm, it is all of it
     assert compiled.error < 2e-5

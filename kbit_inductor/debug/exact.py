@@ -141,10 +141,12 @@ def _fused_words(
     return y if residual is None else residual.double() + y
 
 
-def _attention(dense: Dense, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attention(
+    dense: Dense, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> Tensor:
     mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
     q, k, v = query.double(), key.double(), value.double()
-    return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
 def _chain(
@@ -193,7 +195,7 @@ WHOLE: Mapping[str, Callable[..., Any]] = {
     "append_cpu": lambda dense, *operands: _append(*operands),
     "caching_chain_cpu": _caching_chain,
     "chain_cpu": _chain,
-    "decode_attention_cpu": _attention,
+    "attention_cpu": _attention,
 }
 # The arguments of a family's operators by the layout that they read: planes, scale, offset, global_scale, … or one weight, …
 BY_FAMILY: Mapping[tuple[str, str], Callable[..., Any]] = {

@@ -72,7 +72,7 @@ class Appended:
 
 
 def appended(attention: fx.Node, order: dict[fx.Node, int]) -> Appended | None:
-    """What makes the operands of ``attention``, a node of ``decode_attention_cpu``, if it is what the operator does.
+    """What makes the operands of ``attention``, a node of ``attention_cpu``, if it is what the operator does.
 
     Args:
         attention: the node.

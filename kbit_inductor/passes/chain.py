@@ -35,7 +35,7 @@ def chain(context: Context) -> None:
     order = {node: position for position, node in enumerate(context.graph.nodes)}
     found: list[_Chain] = []
     for node in context.graph.nodes:
-        if node.target not in (FUSED, ATTENTION) or not _has_few_rows(node):
+        if node.target not in (FUSED, ATTENTION) or not _has_few_rows(node) or _is_causal(node):
             continue
         if found and found[-1].takes(node):
             found[-1].append(node)
@@ -53,6 +53,10 @@ def _has_few_rows(node: fx.Node) -> bool:
         return False
     sizes = value.shape[:-1] if node.target is FUSED else (value.shape[0], value.shape[2])
     return all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= MOST_ROWS
+
+
+def _is_causal(node: fx.Node) -> bool:
+    return node.target is ATTENTION and node.args[5:] == (True,)
 
 
 class _Chain:

@@ -32,7 +32,8 @@ from kbit_inductor.passes.patterns import (
 LINEAR = torch.ops.kbit.linear_cpu.default
 TILED_LINEAR = torch.ops.kbit.tiled_linear_cpu.default
 FUSED = torch.ops.kbit.fused_linear_cpu.default
-ATTENTION = torch.ops.kbit.decode_attention_cpu.default
+ATTENTION = torch.ops.kbit.attention_cpu.default
+SCALED_DOT_PRODUCTS = (functional.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
 
 @dataclass
@@ -237,9 +238,8 @@ class _Fusion:
         erase_dead(self.graph, normed)
         self.done["norm"] += 1
 
-    # Attention of a few queries over a cache: PyTorch's kernel is made for many.
     def attention(self, node: fx.Node) -> None:
-        if node.target is not functional.scaled_dot_product_attention:
+        if node.target not in SCALED_DOT_PRODUCTS:
             return
         arguments = attention_arguments(node)
         if arguments is not None:

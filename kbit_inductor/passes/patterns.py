@@ -16,7 +16,7 @@ from torch.nn import functional
 from kbit_inductor.capture import VALUE
 
 aten = torch.ops.aten
-DECODE_QUERIES = 8  # so many queries at most are a decoding step
+FEW_QUERIES = 8  # a decoding step; with more that are of half precision and look everywhere PyTorch is as fast
 ADD = (operator.add, operator.iadd, torch.add, "add", aten.add.Tensor)
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", aten.mul.Tensor)
 DIVIDE = (operator.truediv, torch.div, torch.true_divide, "div", aten.div.Tensor)
@@ -38,30 +38,31 @@ def value_of(node: Any) -> Tensor | None:
 
 
 def attention_arguments(node: fx.Node) -> tuple[Any, ...] | None:
-    """The arguments of ``decode_attention_cpu`` that give what the scaled dot product ``node`` gives, or None."""
+    """The arguments of ``attention_cpu`` that give what the scaled dot product ``node`` gives, or None."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value = (value_of(given.get(name)) for name in names[:3])
-    if query is None or key is None or value is None or given.get("dropout_p") or given.get("is_causal"):
+    if query is None or key is None or value is None or given.get("dropout_p"):
         return None
     mask = given.get("attn_mask")
-    if not _fits_decoding(query, key, value, bool(given.get("enable_gqa"))):
+    if not _fits(query, key, value, bool(given.get("enable_gqa")), bool(given.get("is_causal"))):
         return None
     if mask is not None and ((found := value_of(mask)) is None or found.dtype not in (torch.bool, query.dtype)):
         return None
-    scale = given.get("scale")
-    return given["query"], given["key"], given["value"], mask, query.shape[3] ** -0.5 if scale is None else scale
+    scale = query.shape[3] ** -0.5 if given.get("scale") is None else given["scale"]
+    operands = given["query"], given["key"], given["value"], mask, scale
+    return (*operands, True) if given.get("is_causal") else operands
 
 
-def _fits_decoding(query: Tensor, key: Tensor, value: Tensor, shares_keys: bool) -> bool:
-    """Whether the operator takes these: few queries, known sizes but for the batch and the length of the cache."""
+def _fits(query: Tensor, key: Tensor, value: Tensor, shares_keys: bool, causal: bool) -> bool:
+    """Whether the operator takes these: heads and their sizes are known, and it is the faster way."""
     tensors = (query, key, value)
     if any(t.dim() != 4 or t.device.type != "cpu" or t.dtype != query.dtype or t.dtype not in FLOATS for t in tensors):
         return False
     if any(not isinstance(t.shape[i], int) for t in tensors for i in (1, 3)) or key.shape[1] != value.shape[1]:
         return False
-    queries = query.shape[2]
-    return isinstance(queries, int) and queries <= DECODE_QUERIES and (shares_keys or query.shape[1] == key.shape[1])
+    few = isinstance(query.shape[2], int) and query.shape[2] <= FEW_QUERIES
+    return (few or causal or query.dtype == torch.float32) and (shares_keys or query.shape[1] == key.shape[1])
 
 
 def activation_of(node: Any) -> str | None:

@@ -179,13 +179,17 @@ def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int | None, spread: 
     return exact, bound
 
 
-def _attention(grids: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _attention(
+    grids: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     repeat = query.shape[1] // max(key.shape[1], 1)
     q, k, v = query.double(), *(each.double().repeat_interleave(repeat, 1) for each in (key, value))
     scores, size = scale * q @ k.mT, abs(scale) * q.abs() @ k.abs().mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
-    p = scores.softmax(-1)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    p = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
     if not size.numel():
         return p @ v, torch.zeros_like(p @ v)  # a sum of nothing, or nothing
     off = 2 * (2 * (q.shape[-1] + 4) * UNIT * size.amax(-1, keepdim=True) + (k.shape[2] + 16) * UNIT)
@@ -233,7 +237,7 @@ def _chain_excess(
     # Caches hold what the chain appended; the steps append it again, to the same places.
     operators = chain.Operators(
         checked(kbit.fused_linear_cpu, lambda value, operands: _over(value, *_fused(grids, *operands))),
-        checked(kbit.decode_attention_cpu, lambda value, operands: _over(value, *_attention(grids, *operands))),
+        checked(kbit.attention_cpu, lambda value, operands: _over(value, *_attention(grids, *operands))),
         checked(kbit.append_cpu, _append_excess),
     )
     returned = chain.run(inputs, chain.decode(*program), operators, starts)
@@ -244,5 +248,5 @@ def _chain_excess(
 WHOLE: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "fused_linear_cpu": _fused,
     "fused_linear_triton": _fused_words,
-    "decode_attention_cpu": _attention,
+    "attention_cpu": _attention,
 }

@@ -74,17 +74,29 @@ inline Floats erf(Floats x) {
   return x * p / q;
 }
 
-inline Floats apply(Activation activation, Floats x) {
-  switch (activation) {
-    case Activation::None: return x;
-    case Activation::Relu: return x < 0.0f ? Floats{} : x;
-    case Activation::Gelu: return x * 0.5f * (1.0f + erf(x * 0.70710678f));
-    case Activation::GeluTanh: return x * sigmoid(x * 1.5957691216f * (1.0f + 0.044715f * x * x));
-    case Activation::Silu: return x * sigmoid(x);
-    case Activation::Sigmoid: return sigmoid(x);
-    case Activation::Tanh: return 2.0f * sigmoid(2.0f * x) - 1.0f;
+// values[i] = function(values[i]) for i below `count`, a multiple of 16.
+template <class Function>
+void for_all(float* values, int64_t count, Function function) {
+  for (int64_t i = 0; i < count; i += 16) {
+    Floats v;
+    std::memcpy(&v, values + i, sizeof v);
+    v = function(v);
+    std::memcpy(values + i, &v, sizeof v);
   }
-  return x;
+}
+
+// The activation of each of `count` values, a multiple of 16.
+inline void apply(Activation activation, float* values, int64_t count) {
+  switch (activation) {
+    case Activation::None: return;
+    case Activation::Relu: return for_all(values, count, [](Floats x) { return x < 0.0f ? Floats{} : x; });
+    case Activation::Gelu: return for_all(values, count, [](Floats x) { return x * 0.5f * (1.0f + erf(x * 0.70710678f)); });
+    case Activation::GeluTanh:
+      return for_all(values, count, [](Floats x) { return x * sigmoid(x * 1.5957691216f * (1.0f + 0.044715f * x * x)); });
+    case Activation::Silu: return for_all(values, count, [](Floats x) { return x * sigmoid(x); });
+    case Activation::Sigmoid: return for_all(values, count, [](Floats x) { return sigmoid(x); });
+    case Activation::Tanh: return for_all(values, count, [](Floats x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; });
+  }
 }
 
 }  // inline namespace KBIT_LEVEL

@@ -8,7 +8,9 @@
 
 #include <ATen/Parallel.h>
 
+#include "activation.h"
 #include "bit_vectors.h"
+#include "vector.h"
 
 namespace kbit::inline KBIT_LEVEL {
 namespace {
@@ -16,6 +18,7 @@ namespace {
 constexpr int64_t kGrain = 1 << 14;  // values worth handing to another thread
 constexpr uintptr_t kCacheLine = 64;
 constexpr int kMaxSegment = kSegmentQuads * kQuad;
+typedef int8_t Digits __attribute__((vector_size(16)));
 
 int digits_of(int bits) { return bits <= 8 ? 1 : (bits + 7) / 8; }
 
@@ -113,7 +116,49 @@ void cut_planes(const int8_t* digit, int64_t words, bool plus_minus, int count, 
   }
 }
 
+// Codes of one digit next to values / step, to even where there are two, and their sum. `count` is a multiple of 16.
+//
+// Adding 1.5 * 2 ** 23 rounds a float to an integer, and leaves it in the low bits.
+int32_t round_to_digit(const float* values, int count, float step, int8_t* codes) {
+  constexpr float kMagic = 12582912.0f;
+  const float inverse = step ? 1 / step : 0;
+  Ints total{};
+  for (int i = 0; i < count; i += 16) {
+    Floats v;
+    std::memcpy(&v, values + i, sizeof v);
+    v = v * inverse + kMagic;
+    Ints code;
+    std::memcpy(&code, &v, sizeof v);
+    code -= std::bit_cast<int32_t>(kMagic);
+    total += code;
+    const auto digit = __builtin_convertvector(code, Digits);
+    std::memcpy(codes + i, &digit, sizeof digit);
+  }
+  const auto pair = fold<2, 16, int32_t>(total);
+  return pair[0] + pair[1];
+}
+
+void store_quads(const int8_t* digit, int quads, int rows, int8_t* codes) {
+  if (rows == 1) {
+    std::memcpy(codes, digit, quads * kQuad);
+  } else {
+    for (int quad = 0; quad < quads; ++quad) std::memcpy(codes + quad * rows * kQuad, digit + quad * kQuad, kQuad);
+  }
+}
+
+// The usual case of quantize_segment(): one digit of 2 bits or more, no bit vectors, and whole vectors.
+void quantize_vectors(const float* values, int count, int bits, const Slot& slot) {
+  alignas(64) int8_t digit[kMaxSegment];
+  const float step = step_of(largest_magnitude(values, count), bits);
+  const int32_t total = round_to_digit(values, count, step, digit);
+  store_quads(digit, count / kQuad, slot.rows, slot.codes);
+  slot.scale[0] = step;
+  slot.negative_sum[0] = -total;
+  slot.sum[0] += step * static_cast<float>(total);
+}
+
 void quantize_segment(const float* values, int count, int bits, int digits, const Slot& slot) {
+  if (digits == 1 && bits > 1 && !slot.planes && count % 16 == 0) return quantize_vectors(values, count, bits, slot);
   alignas(64) int32_t codes[kMaxSegment];
   alignas(64) int8_t digit[kMaxSegment];
   float step = step_of(bits == 1 ? mean_magnitude(values, count) : largest_magnitude(values, count), bits);
@@ -132,11 +177,7 @@ void quantize_segment(const float* values, int count, int bits, int digits, cons
     std::memset(digit + count, 0, kMaxSegment - count);
     int32_t total = 0;
     for (int i = 0; i < count; ++i) total += digit[i];
-    if (slot.rows == 1) {
-      std::memcpy(slot.codes, digit, quads * kQuad);
-    } else {
-      for (int quad = 0; quad < quads; ++quad) std::memcpy(slot.codes + (quad * slot.rows + d) * kQuad, digit + quad * kQuad, kQuad);
-    }
+    store_quads(digit, quads, slot.rows, slot.codes + d * kQuad);
     if (slot.planes) {
       const int64_t stride = static_cast<int64_t>(slot.rows) * slot.plane_count;
       cut_planes(digit, ceil_div(count, kWordColumns), bits == 1, slot.plane_count, stride, slot.planes + d * slot.plane_count);
@@ -192,12 +233,15 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
                                  std::vector<int64_t>& bad) {
   const ActivationBlock& out = blocks_[block];
   const auto values = std::make_unique_for_overwrite<float[]>(layout.columns);
+  const float* plain = source.dtype == Dtype::Float32 && !source.norm_weight ? static_cast<const float*>(source.data) : nullptr;
   for (int64_t r = 0; r < out.rows / digits_; ++r) {
     const int64_t index = block * rows_per_block_ + r;
-    row(source, layout.columns, index, values.get());
-    if (!all_finite(values.get(), layout.columns)) {
+    const float* x = plain ? plain + index * layout.columns : values.get();
+    if (!plain) row(source, layout.columns, index, values.get());
+    if (!all_finite(x, layout.columns)) {
       bad.push_back(index);
       std::fill_n(values.get(), layout.columns, 0.0f);
+      x = values.get();
     }
     int64_t quad = 0, word = 0, segment = 0;
     for (int64_t group = 0; group < layout.groups; ++group) {
@@ -210,7 +254,7 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
                         const_cast<float*>(out.sum) + group * out.rows + r * digits_, out.rows,
                         out.planes ? const_cast<uint32_t*>(out.planes) + (word * out.rows + r * digits_) * out.plane_count : nullptr,
                         out.plane_count};
-        quantize_segment(values.get() + c, count, bits_, digits_, slot);
+        quantize_segment(x + c, count, bits_, digits_, slot);
         quad += ceil_div(count, kQuad);
         word += ceil_div(count, kWordColumns);
       }

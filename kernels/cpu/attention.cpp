@@ -1,5 +1,5 @@
-// The cache is read once, by as many tasks as keep all threads busy: runs of keys are attended to separately and combined by their
-// maxima and sums, after Flash-Decoding (Dao et al., 2023).
+// Few queries: the cache is read once, by as many tasks as keep all threads busy: runs of keys are attended to separately and combined
+// by their maxima and sums, after Flash-Decoding (Dao et al., 2023).
 #include "attention.h"
 
 #include <algorithm>
@@ -10,12 +10,14 @@
 #include <ATen/Parallel.h>
 
 #include "activation.h"
+#include "flash_attention.h"
 #include "vector.h"
 
 namespace kbit::inline KBIT_LEVEL {
 namespace {
 
-constexpr int64_t kRun = 64;  // keys of one task, at least
+constexpr int64_t kFewQueries = 16;  // as many as a chain may have: it gives bit for bit what the operator does
+constexpr int64_t kRun = 64;         // keys of one task, at least
 constexpr int kLanes = 16;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
@@ -38,20 +40,8 @@ Floats load_floats(const float* values) {
   return v;
 }
 
-// Adds halves until `Left` lanes are left, which is several times faster than what compilers make of a loop over the lanes.
-template <int Left, int Lanes = kLanes>
-typename VectorOf<Left>::type fold(typename VectorOf<Lanes>::type v) {
-  if constexpr (Lanes == Left) {
-    return v;
-  } else {
-    typename VectorOf<Lanes / 2>::type half[2];
-    std::memcpy(half, &v, sizeof v);
-    return fold<Left, Lanes / 2>(half[0] + half[1]);
-  }
-}
-
 float sum_of(Floats v) {
-  const auto pair = fold<2>(v);
+  const auto pair = fold<2, kLanes, float>(v);
   return pair[0] + pair[1];
 }
 
@@ -68,7 +58,7 @@ void dots(const float* a, const Rows& rows, int64_t count, float* products) {
     for (int j = 0; j < kRows; ++j) total[j] += x * load_floats(rows[j] + i);
   }
   for (int j = 0; j < kRows; ++j) {
-    const auto four = fold<4>(total[j]);
+    const auto four = fold<4, kLanes, float>(total[j]);
     products[j] = (four[0] + four[1]) + (four[2] + four[3]);
     for (int64_t rest = i; rest < count; ++rest) products[j] += a[rest] * rows[j][rest];
   }
@@ -165,6 +155,10 @@ class Task {
 
   template <class T>
   void add_mask(int64_t row, float* scores) const {
+    if (p_.causal) {
+      const int64_t seen = std::clamp<int64_t>(row % p_.queries + 1 - begin_, 0, end_ - begin_);
+      std::fill(scores + seen, scores + (end_ - begin_), kNothing);
+    }
     if (p_.mask_type == MaskType::None) return;
     const int64_t offset = batch_ * p_.mask_strides.batch + head_of(row) * p_.mask_strides.head +
                            row % p_.queries * p_.mask_strides.row + begin_ * p_.mask_column;
@@ -210,7 +204,7 @@ void combine(const Part* parts, const float* values, int64_t runs, int64_t strid
     total.sum += factor * part.sum;
     add_scaled(factor, values + run * stride * size, size, sums.data());
   }
-  for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(sums[i] / total.sum);
+  for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(total.sum == 0 ? 0 : sums[i] / total.sum);
 }
 
 }  // namespace
@@ -251,7 +245,8 @@ void Attention::combine(int64_t begin, int64_t end) const {
   });
 }
 
-void decode_attention(const AttentionProblem& problem) {
+void attention(const AttentionProblem& problem) {
+  if (problem.queries > kFewQueries) return flash_attention(problem);
   Attention attention(problem, at::get_num_threads());
   at::parallel_for(0, attention.tasks(), 1, [&](int64_t begin, int64_t end) { attention.compute(begin, end); });
   attention.combine(0, attention.rows());

@@ -1,4 +1,4 @@
-// Attention of a few queries over a long cache: a decoding step.
+// Attention: softmax(q @ k.T) @ v.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,7 @@ struct AttentionProblem {
   const void* mask = nullptr;  // [B, H, M, L] with strides of any size, 0 where it broadcasts
   HeadStrides mask_strides{};
   int64_t mask_column = 0;
+  bool causal = false;  // query i looks at the keys 0 .. i alone
   Dtype dtype;
   void* out;  // [B, M, H, Dv], contiguous: the heads of a query together, as the product behind it reads them
 };
@@ -37,10 +38,10 @@ struct AttentionPart {
 
 inline namespace KBIT_LEVEL {
 
-// out = softmax(scale * q @ k.T + mask) @ v, with sums in float32. A query that may look at nothing gives NaN, as in PyTorch's math.
-void decode_attention(const AttentionProblem& problem);
+// out = softmax(scale * q @ k.T + mask) @ v, with sums in float32. A query that may look at nothing gives zeros, as in PyTorch.
+void attention(const AttentionProblem& problem);
 
-// The same in tasks that any threads may compute, in any order: first all of the one kind, then all of the other.
+// The same of a few queries over a long cache, a decoding step, in tasks that any threads may compute, in any order: first all of the one kind, then all of the other.
 class Attention {
  public:
   // For about `threads` threads. `problem` has to outlive this.

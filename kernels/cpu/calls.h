@@ -116,7 +116,8 @@ inline at::Tensor heads(const at::Tensor& tensor, const char* name, at::ScalarTy
 // Operands of an attention, checked, and kept alive while the kernels read them.
 class AttentionCall {
  public:
-  AttentionCall(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& mask, double scale) {
+  AttentionCall(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& mask, double scale,
+                bool causal = false) {
     const at::ScalarType type = query.scalar_type();
     AttentionProblem& p = problem_;
     p.dtype = dtype_of(type, "query");
@@ -133,6 +134,7 @@ class AttentionCall {
     p.q = q_.const_data_ptr(), p.k = k_.const_data_ptr(), p.v = v_.const_data_ptr();
     p.q_strides = strides_of(q_), p.k_strides = strides_of(k_), p.v_strides = strides_of(v_);
     p.scale = static_cast<float>(scale);
+    p.causal = causal;
   }
 
   // [B, M, H, Dv], which whoever computes problem() fills. It may be empty: then there is nothing to compute.

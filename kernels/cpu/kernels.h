@@ -13,7 +13,7 @@ namespace kbit {
 
 struct Kernels {
   void (*tiled_linear)(const TiledProblem& problem);
-  void (*decode_attention)(const AttentionProblem& problem);
+  void (*attention)(const AttentionProblem& problem);
   void (*append)(const AppendProblem& problem, int64_t begin, int64_t end);
   void (*run_chain)(const std::vector<ChainStep>& steps);
   void (*linear_of_runs)(const ActivationSource& x, const std::vector<Run>& runs, int activation_bits, void* y);

@@ -15,11 +15,11 @@ namespace {
 
 using at::Tensor;
 
-Tensor decode_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                            double scale) {
-  AttentionCall call(query, key, value, mask, scale);
+Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask, double scale,
+                     bool causal) {
+  AttentionCall call(query, key, value, mask, scale, causal);
   Tensor out = call.result();
-  if (out.numel()) kernels().decode_attention(call.problem());
+  if (out.numel()) kernels().attention(call.problem());
   return out.transpose(1, 2);
 }
 
@@ -176,13 +176,13 @@ Tensor append_cpu(const Tensor& query, const Tensor& key, const Tensor& value, c
 
 // Without derivatives of their own, operators would pass through a fallback that costs as much as a small product.
 TORCH_LIBRARY_IMPL(kbit, Autograd, m) {
-  for (const char* name : {"decode_attention_cpu", "append_cpu", "chain_cpu", "caching_chain_cpu"}) {
+  for (const char* name : {"attention_cpu", "append_cpu", "chain_cpu", "caching_chain_cpu"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
 
 TORCH_LIBRARY_IMPL(kbit, CPU, m) {
-  m.impl("decode_attention_cpu", decode_attention_cpu);
+  m.impl("attention_cpu", attention_cpu);
   m.impl("append_cpu", append_cpu);
   m.impl("chain_cpu", chain_cpu);
   m.impl("caching_chain_cpu", caching_chain_cpu);

@@ -13,7 +13,7 @@ TORCH_LIBRARY_FRAGMENT(kbit, m) {
            "linear_cpu(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits) -> Tensor",
            "fused_linear_cpu(Tensor x, Tensor? norm_weight, float eps, Tensor[] weights, Tensor?[] biases, int[] rows, str activation, "
            "bool gated, Tensor? residual, int activation_bits) -> Tensor",
-           "decode_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
+           "attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal=False) -> Tensor",
            "embedding_cpu(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
        }) {
     const c10::OperatorName name("kbit::" + schema.substr(0, schema.find('(')), "");

@@ -24,40 +24,62 @@ class Epilogue {
   }
 
   // Finishes `count` rows of x from `row` on and 16 columns of the result from `column` on: those of `weight`'s row block.
-  // `gate` are the sums of the gate in a gated problem, `sums` those of what it gates.
-  void store(int64_t row, int64_t count, int64_t row_block, size_t weight, int64_t column, const float* sums,
-             const float* gate) const {
+  // `gate` are the sums of the gate in a gated problem, `sums` those of what it gates. Both are overwritten.
+  void store(int64_t row, int64_t count, int64_t row_block, size_t weight, int64_t column, float* sums, float* gate) const {
+    const int64_t valid = std::min<int64_t>(kTileRows, problem_.weights[weight].rows - row_block * kTileRows);
+    finish(sums, count, weight, bias_of(weight, row_block, valid));
+    float* activated = gate ? gate : sums;
+    if (gate) finish(gate, count, 0, bias_of(0, row_block, valid));
+    apply(problem_.activation, activated, count * kTileRows);
+    for (int64_t i = 0; gate && i < count * kTileRows; ++i) sums[i] *= gate[i];
     with_type(problem_.x.dtype, [&](auto* type) {
       using T = std::decay_t<decltype(*type)>;
-      const int64_t valid = std::min<int64_t>(kTileRows, problem_.weights[weight].rows - row_block * kTileRows);
-      T* out = static_cast<T*>(problem_.y) + row * width_ + column;
-      const T* residual = problem_.residual ? static_cast<const T*>(problem_.residual) + row * width_ + column : nullptr;
-      const Floats bias = bias_of(weight, row_block, valid), gate_bias = gate ? bias_of(0, row_block, valid) : Floats{};
-      for (int64_t r = 0; r < count; ++r, out += width_) {
-        Floats v = sum_digits(sums + r * digits_ * kTileRows) * problem_.weights[weight].global_scale + bias;
-        if (gate) {
-          const Floats g = sum_digits(gate + r * digits_ * kTileRows) * problem_.weights[0].global_scale + gate_bias;
-          v *= apply(problem_.activation, g);
-        } else {
-          v = apply(problem_.activation, v);
-        }
-        for (int64_t i = 0; i < valid; ++i) {
-          out[i] = static_cast<T>(residual ? v[i] + static_cast<float>(residual[i]) : v[i]);
-        }
-        if (residual) residual += width_;
+      const T* residual = static_cast<const T*>(problem_.residual);
+      T* out = static_cast<T*>(problem_.y);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (row + r) * width_ + column;
+        if (residual) add(residual + at, valid, sums + r * kTileRows);
+        write(sums + r * kTileRows, valid, out + at);
+        // The next row block writes behind these: rows of a wide result lie too far apart for the hardware to foresee it.
+        if (count > 1) __builtin_prefetch(out + at + kTileRows, 1);
       }
     });
   }
 
  private:
-  Floats sum_digits(const float* sums) const {
-    Floats total{};
-    for (int d = 0; d < digits_; ++d) {
-      Floats part;
-      std::memcpy(&part, sums + d * kTileRows, sizeof part);
-      total += part;
+  // The digits of each row are added up, then its scale and bias follow: [count][16].
+  void finish(float* sums, int64_t count, size_t weight, const Floats& bias) const {
+    const float scale = problem_.weights[weight].global_scale;
+    for (int64_t r = 0; r < count; ++r) {
+      Floats total = read(sums + r * digits_ * kTileRows);
+      for (int d = 1; d < digits_; ++d) total += read(sums + (r * digits_ + d) * kTileRows);
+      total = total * scale + bias;
+      std::memcpy(sums + r * kTileRows, &total, sizeof total);
     }
-    return total;
+  }
+
+  static Floats read(const float* values) {
+    Floats v;
+    std::memcpy(&v, values, sizeof v);
+    return v;
+  }
+
+  template <class T>
+  static void add(const T* residual, int64_t count, float* sums) {
+    if (count == kTileRows) {  // known to the compiler, it is a vector
+      for (int64_t i = 0; i < kTileRows; ++i) sums[i] += static_cast<float>(residual[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<float>(residual[i]);
+    }
+  }
+
+  template <class T>
+  static void write(const float* sums, int64_t count, T* out) {
+    if (count == kTileRows) {
+      for (int64_t i = 0; i < kTileRows; ++i) out[i] = static_cast<T>(sums[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(sums[i]);
+    }
   }
 
   Floats bias_of(size_t weight, int64_t row_block, int64_t valid) const {
