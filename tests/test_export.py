@@ -91,7 +91,8 @@ def test_what_surrounds_products_is_fused_into_them() -> None:
     sizes = {"input_ids": dict.fromkeys(range(2), torch.export.Dim.DYNAMIC), "use_cache": None}
     program = torch.export.export(llama, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=sizes)
     layers = llama.config.num_hidden_layers  # between the last norm and the head transformers takes rows
-    assert exporting.fuse_program(program) == {"siblings": 5 * layers, "gate": layers, "residual": 2 * layers, "norm": 2 * layers, "attention": layers}
+    fused = {"siblings": 5 * layers, "gate": layers, "residual": 2 * layers, "norm": 2 * layers, "attention": layers}
+    assert exporting.fuse_program(program) == fused
     ids = torch.randint(0, models.VOCABULARY, (1, 9))
     found = [each(input_ids=ids, use_cache=False).logits for each in (program.module(), llama, exact_twin(llama))]
     check_as_exact(*found)
