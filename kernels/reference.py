@@ -111,28 +111,31 @@ LARGEST_FP8 = 448.0
 SEGMENT = 128  # columns that share a scale of rounded activations, at most
 
 
-def round_activations(x: Tensor, group_size: int, bits: int) -> Tensor:
+def round_activations(x: Tensor, group_size: int, bits: int, nudge: float = 0.0) -> Tensor:
     """``x`` ``[M, K]`` as the CPU kernels read it under ``activation_bits=bits``, in float64.
 
     Each row is cut into segments of at most 128 columns that straddle no group. At 2 to 8 bits a segment's values become integers
     of magnitude below ``2 ** (bits - 1)`` times one step; at 1 bit, plus or minus their mean magnitude. 16 bits mean a block
     floating point: 24 bits for float32 and 16 for the other dtypes, with a power of two for the step. ``FP8`` means 8-bit floats
     times one step for a whole row, whose largest value becomes 448, the largest of them.
+
+    With a ``nudge`` every value is larger by so much, relatively, when it is rounded, and steps are as they were: with a small one
+    of either sign it shows which values may be rounded either way.
     """
     if bits == FP8:
         step = x.float().abs().amax(1, keepdim=True) / LARGEST_FP8 if x.size(1) else x.new_zeros(x.size(0), 1)
         inverse = torch.where(step > 0, 1 / step, 0.0)
-        return (x.float() * inverse).to(torch.float8_e4m3fn).double() * step.double()
+        return (x.float() * inverse * (1 + nudge)).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn).double() * step.double()
     rounded = torch.zeros(x.shape, dtype=torch.float64)
     for group in range(0, x.size(1), group_size):
         end = min(group + group_size, x.size(1))
         for begin in range(group, end, SEGMENT):
             columns = slice(begin, min(begin + SEGMENT, end))
-            rounded[:, columns] = _round_segment(x[:, columns].float(), bits, x.dtype)
+            rounded[:, columns] = _round_segment(x[:, columns].float(), bits, x.dtype, nudge)
     return rounded
 
 
-def _round_segment(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _round_segment(values: Tensor, bits: int, dtype: torch.dtype, nudge: float) -> Tensor:
     if bits == 1:
         return torch.where(values < 0, -1, 1).double() * values.abs().mean(1, keepdim=True).double()
     kept = bits if bits < 16 else 24 if dtype == torch.float32 else 16
@@ -141,4 +144,4 @@ def _round_segment(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     if kept > 8:
         step = torch.ldexp(torch.ones_like(step), torch.frexp(step).exponent)
     inverse = torch.where(step > 0, 1 / step, 0.0)
-    return torch.round(values * inverse).double() * step.double()
+    return torch.round(values * inverse * (1 + nudge)).double() * step.double()

@@ -173,7 +173,8 @@ def _part(x: Tensor, grid: Grid, bias: Tensor | None, bits: int | None, spread: 
     exact, bound = product(x, grid, bias, bits)
     if spread is not None and bits is not None:
         rows = x.reshape(-1, x.shape[-1])
-        ends = [reference.round_activations(rows * (1 + sign * spread), grid.group_size, bits) for sign in (-1, 1)]
+        # A value may be off by its spread, and the step that it is divided by too.
+        ends = [reference.round_activations(rows, grid.group_size, bits, sign * 2 * spread) for sign in (-1, 1)]
         either = (ends[1] - ends[0]).abs() + spread * rows.double().abs()
         bound = bound + (either @ grid.weight.abs().t()).view_as(bound)
     return exact, bound
