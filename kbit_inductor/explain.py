@@ -137,17 +137,7 @@ def explain(
     clock = Clock(device)
     recorder = _Recorder(resolved, clock)
     breaks_before = graph_breaks()
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
-
-    with torch.no_grad():
-        try:
-            torch.compile(run, backend=recorder)(*inputs, **keywords)
-        except KbitError:
-            raise
-        except Exception as error:
-            raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
+    call_once(original, recorder, *inputs, **keywords)
     breaks = {reason: count - breaks_before.get(reason, 0) for reason, count in graph_breaks().items()}
     explanation = Explanation(
         (*recorder.reports.values(), *_packed_before(original, clock), *_unreached(original, recorder.seen)),
@@ -158,6 +148,33 @@ def explain(
     if html is not None:
         Path(html).write_text(render(explanation, recorder.steps.graphs), encoding="utf-8")
     return explanation
+
+
+def call_once(model: Any, recorder: Any, *inputs: Any, **keywords: Any) -> None:
+    """Call ``model`` once, without gradients, compiled by the backend ``recorder``.
+
+    Raises:
+        ModelCallError: the model itself fails.
+        KbitError: what ``recorder`` raises.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    with torch.no_grad():
+        try:
+            torch.compile(run, backend=recorder)(*inputs, **keywords)
+        except KbitError:
+            raise
+        except Exception as error:
+            raise ModelCallError(f"the model cannot be explained since its call failed: {error}") from error
+
+
+def as_it_is(gm: fx.GraphModule, inputs: Sequence[Any], context: Context) -> Any:
+    """What runs a graph on its float weights, or on packed ones where those were released."""
+    if any(is_released(inputs[weight.argument]) for weight in context.weights):
+        return backend.compile_graph(gm, inputs, context.config)
+    return gm.forward
 
 
 class _Recorder:
@@ -176,16 +193,13 @@ class _Recorder:
         self.graphs += 1
         try:
             _, context = backend.capture(gm, inputs, self.config, observers=[self.steps])
-            weights = {weight.argument: inputs[weight.argument] for weight in context.weights}
-            self.seen |= {id(tensor) for tensor in weights.values()}
+            self.seen |= {id(inputs[weight.argument]) for weight in context.weights}
             self.fusions += context.fusions
             for key, report in _reports(context, inputs, self.clock):
                 self.reports[key] = _merged(self.reports.get(key), report)
         except KbitError as error:
             return backend.raiser(error)
-        if any(is_released(tensor) for tensor in weights.values()):
-            return backend.compile_graph(gm, inputs, self.config)
-        return gm.forward
+        return as_it_is(gm, inputs, context)
 
 
 def _merged(old: LayerReport | None, new: LayerReport) -> LayerReport:

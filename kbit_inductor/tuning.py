@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from kbit_inductor.config import Config
 from kbit_inductor.errors import InvalidOptionError, NotATuningTableError
-from kbit_inductor.explain import Explanation, explain
 from kbit_inductor.logs import logger
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import choose
@@ -47,11 +43,6 @@ class TunedShape:
     interrupted: bool
 
 
-def shapes(model: nn.Module, inputs: Sequence[Any], config: Config | Mapping[str, Any] | None, dtype: torch.dtype) -> list[Problem]:
-    """The products of a model that a GPU would compute on packed weights in ``dtype``, each shape once."""
-    return list(dict.fromkeys(_problems(explain(model, *inputs, config=config), dtype)))
-
-
 def gpu_of(device: str | torch.device) -> torch.device:
     """A GPU of this machine.
 
@@ -68,16 +59,6 @@ def gpu_of(device: str | torch.device) -> torch.device:
     return place if place.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def _problems(found: Explanation, dtype: torch.dtype) -> Iterator[Problem]:
-    for layer in found.matched:
-        config = layer.config
-        if config is not None and "linear" in layer.uses:
-            rows, columns = layer.shape
-            sizes = (rows, columns, config.bits, config.group_columns(columns))
-            rounding = config.activation_bits_on("cuda")
-            yield Problem("linear", "cuda", dtype, *sizes, config.levels() is None, rounding, config.symmetric)
-
-
 def tune(
     problems: Sequence[Problem],
     rows: Sequence[int] = ROWS,
@@ -91,7 +72,7 @@ def tune(
     What was measured is kept as soon as its shape is done, also when it is interrupted; that shape is then the last.
 
     Args:
-        problems: as of :func:`shapes`.
+        problems: as of :func:`kbit_inductor.launches.launches`.
         rows: numbers of rows of x.
         device: a GPU of this machine.
         limit: seconds for each shape and number of rows.

@@ -11,8 +11,10 @@ from fusions import ACTIVATIONS
 from torch import Tensor, nn
 from torch.nn import functional
 
+import kbit_inductor as kbit
 from kbit_inductor import Config, backend
 from kbit_inductor._compat import FakeTensorMode
+from kbit_inductor.launches import launches
 from kbit_inductor.lowering.registry import KERNELS, Choice
 from kbit_inductor.passes import lower
 from kbit_inductor.testing import assert_equivalent, dequantized_copy, relative_error, rewrite
@@ -270,3 +272,36 @@ def test_symbolic_and_empty_batches(rows: int, cpu_in_its_place: None) -> None:
     compiled(torch.randn(4, 24))
     x = torch.randn(rows, 24)
     torch.testing.assert_close(compiled(x), dequantized_copy(module)(x), rtol=1e-5, atol=1e-5)
+
+
+class Layer(Gated):
+    """Like a decoder's. Of the products of one x, two are siblings: a sum and an activation are fused into the others."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=False)
+        self.q, self.k, self.v, self.gelu, self.o = (nn.Linear(24, n, bias=False) for n in (24, 8, 8, 8, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.rms_norm(x, (24,), None)
+        both = torch.cat([self.k(y), self.v(y), functional.gelu(self.gelu(y))], -1)
+        return super().forward(x + self.o(self.q(y) + both))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_what_is_tuned_is_what_a_gpu_launches(packed: bool, activation_bits: int) -> None:
+    """Siblings and gates together, found on a CPU, of float weights and of packed modules."""
+    options = OPTIONS | {"activation_bits": activation_bits}
+    graph = captured(Layer(), (3, 24), activation_bits=activation_bits)
+    nodes = [node for node in graph.graph.graph.nodes if str(node.target) in (LINEAR, FUSED)]
+    words = [node.args[1:2] if str(node.target) == LINEAR else node.args[3] for node in nodes]
+    rows = {sum(each.meta["example_value"].shape[0] for each in one) for one in words}
+    model = Layer().eval()
+    if packed:
+        kbit.quantize_(model, options)
+    found = launches(model, [torch.randn(3, 24)], options, torch.bfloat16)
+    assert {each.rows for each in found} == rows == {8, 16, 24, 80}
+    assert sorted((each.rows, each.columns) for each in found) == [(8, 24), (16, 24), (24, 24), (24, 40), (80, 24)]
+    assert {(each.device, each.dtype, each.bits, each.activation_bits) for each in found} == {
+        ("cuda", torch.bfloat16, 5, activation_bits)
+    }

@@ -14,9 +14,10 @@ from rich.table import Table
 from kbit_inductor.cli.files import open_model
 from kbit_inductor.cli.options import EXAMPLE_TOKENS, Json, Options, config_of, console, reported
 from kbit_inductor.errors import InvalidOptionError
+from kbit_inductor.launches import launches
 from kbit_inductor.lowering.tuner.tune import LIMIT
 from kbit_inductor.progress import Progress
-from kbit_inductor.tuning import ROWS, TunedShape, export_times, gpu_of, import_times, shapes
+from kbit_inductor.tuning import ROWS, TunedShape, export_times, gpu_of, import_times
 from kbit_inductor.tuning import tune as measure
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,7 +47,7 @@ def tune(
         if source is not None:
             gpu_of(device)  # told before the model is read
             config = config_of(option)
-            asked = shapes(open_model(source), [torch.arange(1, 1 + EXAMPLE_TOKENS)[None]], config, DTYPES[dtype])
+            asked = launches(open_model(source), [torch.arange(1, 1 + EXAMPLE_TOKENS)[None]], config, DTYPES[dtype])
             found["shapes"] = []
             with Progress(len(asked) * len(rows or ROWS), "tuning") as progress:
                 for done in measure(asked, rows or ROWS, device, limit, exhaustive):
