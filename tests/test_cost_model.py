@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +23,10 @@ from simulated_gpu import simulate
 from torch import nn
 
 import kbit_inductor as kbit
+from kbit_inductor.kernels.layout import FP8
 from kbit_inductor.kernels.triton.config import Config
 from kbit_inductor.kernels.words import WordLayout
-from kbit_inductor.lowering.cost import products, triton_bits, triton_linear, triton_ways
+from kbit_inductor.lowering.cost import measure, products, triton_bits, triton_linear, triton_ways
 from kbit_inductor.lowering.cost.crossover import LONGEST, crossovers
 from kbit_inductor.lowering.cost.device import DeviceRecord, find, shipped
 from kbit_inductor.lowering.cost.expected import expected, range_table
@@ -37,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu import cost_table
 
 BITS_TRIED = (2, 3, 4, 8)
+FP8_DTYPE = torch.float8_e4m3fn
 # An H200, 8192 x 8192, groups of 128 with a float16 scale and zero, in µs: what no kernel can go below.
 ROOFLINE = {
     1: (4.4, 6.4, 8.3, 16.1), 16: (4.5, 6.5, 8.4, 16.2), 64: (10.9, 10.9, 10.9, 16.6), 256: (43.5,) * 4, 4096: (696,) * 4,
@@ -215,7 +220,8 @@ def test_instructions_are_those_that_were_counted() -> None:
 @pytest.mark.parametrize("record_", COUNTED, ids=lambda each: f"{each['x']}-{each['bits']}-{each['rows']}")
 def test_work_has_the_instructions_of_the_compiled_loop(record_: dict[str, Any]) -> None:
     """For every kind of activation, at the configurations that were compiled: products, scaling and all."""
-    rounding = {"activation_bits": 8} if record_["x"] == "int8" else {"dtype": getattr(torch, record_["x"])}
+    x = getattr(torch, record_["x"])
+    rounding = {"activation_bits": {torch.int8: 8, FP8_DTYPE: FP8}[x]} if x.itemsize == 1 else {"dtype": x}
     asked, m = dataclasses.replace(problem(record_["bits"]), **rounding), record_["rows"]
     config = triton_linear.default(asked, m, H200)
     work = triton_linear.linear(asked, config, H200)
@@ -281,8 +287,22 @@ def test_rounded_activations_take_a_launch_and_half_the_matrix_time() -> None:
     work, floats = (triton_linear.linear(asked, config, H200) for asked in (rounded, problem(4)))
     assert work.then is not None and floats.then is None
     products_of = [each.quantities(4096).products for each in (work.then, floats)]
-    assert products_of[0] == pytest.approx(products_of[1] / H200.integer_speedup)
+    assert products_of[0] == pytest.approx(products_of[1] / H200.speedup(torch.int8))
     assert estimate([work], H200, 4096).parts[-1][1] >= 2 * H200.launch
+
+
+def test_8_bit_floats_have_a_rate_of_their_own() -> None:
+    """Where matrix units take them, and a code is one: else float16 holds them, as in front of few rows."""
+    rtx, a100 = record("RTX-4090"), record("A100-80GB")
+    assert (H200.speedup(FP8_DTYPE), rtx.speedup(torch.int8), rtx.speedup(FP8_DTYPE)) == pytest.approx((2, 4, 2), rel=1e-3)
+    for bits, device, m, speedup in ((4, H200, 4096, 2), (5, H200, 4096, 1), (4, H200, 1, 1), (4, a100, 4096, 1), (4, rtx, 64, 2)):
+        floats, rounded = problem(bits), dataclasses.replace(problem(bits), activation_bits=FP8)
+        config = triton_linear.default(rounded, m, device)
+        work = triton_linear.linear(rounded, dataclasses.replace(config, sums=True), device).then
+        half = triton_linear.linear(floats, dataclasses.replace(config, sums=True), device)
+        assert work is not None
+        found = float(half.quantities(m).products) / float(work.quantities(m).products)
+        assert found == pytest.approx(speedup, rel=1e-3), (bits, device.name, m)
 
 
 def test_counting_wins_where_there_are_few_bits_and_few_rows() -> None:
@@ -324,22 +344,62 @@ def test_devices_are_known_by_their_names(driver: str, name: str | None) -> None
 
 
 # Of each device: bits of its memory bus and Gbit/s of each, multiprocessors or compute units, and what one does in a clock, of
-# 16-bit products with float32 sums and of int8 ones. From the makers' descriptions of the architecture, not from the records.
+# 16-bit products with float32 sums, of int8 ones, and of e4m3 ones with float32 sums. From the makers' descriptions of the
+# architecture, not from the records.
 ARCHITECTURES = {
-    "A100-80GB": (5120, 3.186, 108, 2048, 4096), "A100-40GB": (5120, 2.43, 108, 2048, 4096), "H100": (5120, 5.23, 132, 4096, 8192),
-    "H200": (6144, 6.25, 132, 4096, 8192), "L4": (192, 12.5, 58, 1024, 2048), "RTX-4090": (384, 21, 128, 512, 2048),
-    "MI300X": (8192, 5.2, 304, 2048, 4096),
+    "A100-80GB": (5120, 3.186, 108, 2048, 4096, 0), "A100-40GB": (5120, 2.43, 108, 2048, 4096, 0),
+    "H100": (5120, 5.23, 132, 4096, 8192, 8192), "H200": (6144, 6.25, 132, 4096, 8192, 8192),
+    "L4": (192, 12.5, 58, 1024, 2048, 2048), "RTX-4090": (384, 21, 128, 512, 2048, 1024), "MI300X": (8192, 5.2, 304, 2048, 4096, 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_published_figures_are_those_of_the_architecture(name: str) -> None:
-    found, (bus, rate, units, halves, integers) = record(name), ARCHITECTURES[name]
+    found, (bus, rate, units, halves, integers, floats) = record(name), ARCHITECTURES[name]
     assert set(ARCHITECTURES) == {each.name for each in shipped()}
     assert found.multiprocessors == units
     assert found.peak_bandwidth == pytest.approx(bus * rate * 1e9 / 8, rel=0.005)
     assert found.peak_matrix_rate == pytest.approx(units * halves * found.clock, rel=0.005)
     assert found.peak_integer_rate == pytest.approx(units * integers * found.clock, rel=0.005)
+    assert found.peak_fp8_rate == pytest.approx(units * floats * found.clock, rel=0.005)
+
+
+@pytest.mark.parametrize(("capability", "target", "fp8"), [((8, 0), "sm_80", 0), ((8, 9), "sm_86", 2), ((12, 0), "sm_100", 2)])
+def test_an_unknown_gpu_is_measured(
+    capability: tuple[int, int], target: str, fp8: int, monkeypatch: pytest.MonkeyPatch, one_thread_without_grad: None
+) -> None:
+    """By a copy and by a product, each for a twentieth of a second; the rest its driver tells."""
+    told = {
+        "name": "NVIDIA L40S",
+        "total_memory": 1 << 20,
+        "multi_processor_count": 142,
+        "L2_cache_size": 96 << 20,
+        "warp_size": 32,
+    }
+    properties = SimpleNamespace(
+        **told, major=capability[0], minor=capability[1], clock_rate=2_520_000, max_threads_per_multi_processor=1536,
+        shared_memory_per_multiprocessor=100 << 10, regs_per_multiprocessor=65536,
+    )  # fmt: skip
+    times = iter([1e-6, 2e-3])
+    for name, fake in {
+        "get_device_properties": lambda device: properties, "get_device_name": lambda device: properties.name,
+        "device": lambda device: contextlib.nullcontext(), "synchronize": lambda device: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(measure, "_seconds", lambda call, synchronize: next(times))
+    found = measure.measure_gpu(torch.device("cpu"))
+    assert (found.bandwidth, found.matrix_rate) == (2 * (1 << 17) / 1e-6, 2 * 4096**3 / 2e-3)
+    assert (found.target, found.multiprocessors, found.instruction_rate) == (target, 142, 142 * 128 * 2.52e9)
+    assert found.speedup(FP8_DTYPE) == fp8 and 2 * measure.TIME_LIMIT < 1
+    assert 0 < expected(TRITON, problem(4), found, 1).seconds < expected(TRITON, problem(4), found, 1024).seconds
+
+
+def test_a_timing_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 0.004)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    calls: list[float] = []
+    assert measure._seconds(lambda: calls.append(next(now))) == pytest.approx(0.008)
+    assert calls[-1] <= measure.TIME_LIMIT + 0.012
 
 
 def test_a_cpu_is_measured_in_under_a_second(one_thread_without_grad: None) -> None:

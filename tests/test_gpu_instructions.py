@@ -53,6 +53,15 @@ def test_bfloat16_takes_no_more_than_reading_allows_but_at_2_bits(bits):
     assert ALL["sm_90", "bfloat16", bits, 1]["per_weight"] <= (1.9 if bits == 2 else MOST_PER_WEIGHT[bits])
 
 
+@pytest.mark.parametrize(("target", "product"), [("sm_90", "QGMMA"), ("sm_100", "UTCQMMA")])
+def test_8_bit_floats_are_multiplied_as_such_where_that_takes_less(target: str, product: str) -> None:
+    """By short codes in front of many rows. Else float16 holds them, and no loop makes bytes of codes or float16 of bytes."""
+    for bits in range(1, 9):
+        one, many = (ALL[target, "float8_e4m3fn", bits, rows] for rows in ROWS)
+        assert one["per_weight"] <= 1.15 * RECORDS[target, bits, 1]["per_weight"] and "F2FP" not in one["kinds"]
+        assert any(kind == product for kind in many["kinds"]) == (bits <= 4), bits
+
+
 def test_instructions_of_an_amd_gpu_are_counted():
     """Those of a wavefront; products are matrix instructions, and nothing is moved to a code but by shift, and, and or."""
     for bits in range(1, 9):

@@ -16,9 +16,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from gpu.instructions import DEVICES, GROUP_SIZE, SIZE, compile_product
+from gpu.instructions import DEVICES, FP8, GROUP_SIZE, ROUNDED, SIZE, compile_product, name_of
 from gpu.occupancy import DTYPES, RESULTS, ROWS
 
+from kbit_inductor.kernels import layout as packed
 from kbit_inductor.kernels.triton.config import Config, default_config, shared_bytes
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost import triton_linear
@@ -37,7 +38,7 @@ def x_of(record: dict[str, Any]) -> torch.dtype:
 def test_every_default_configuration_was_compiled() -> None:
     found = {(each["target"], each["x"], each["bits"], Config(**each["config"])) for each in RECORDS}
     assert found == {
-        (target, str(dtype).removeprefix("torch."), bits, default_config(m, SIZE, layout, dtype, device))
+        (target, name_of(dtype), bits, default_config(m, SIZE, layout, dtype, device))
         for target, device in DEVICES.items()
         for dtype in DTYPES
         for bits in range(1, 9)
@@ -56,16 +57,21 @@ def test_none_needs_more_shared_memory_than_there_is() -> None:
 
 
 def test_what_spills() -> None:
-    """Nothing of float16 and bfloat16 but of 9 to 16 rows in two places; of int8 not more than four registers."""
+    """Of float16 and bfloat16 nothing but 5 bits at 9 to 16 rows on sm_100, where what spills nothing takes twice the instructions.
+
+    Of activations of 8 bits a few registers, since the compiler makes room for one more program; hardly any in the main loop.
+    """
+    spilling = [each for each in RECORDS if each["spill_bytes"]]
     halves = {
-        (each["target"], each["x"], each["bits"], each["rows"]): each["spill_bytes"]
-        for each in RECORDS
-        if each["spill_bytes"] and each["x"] in ("float16", "bfloat16")
+        (each["target"], each["x"], each["bits"], each["rows"]): (each["spill_bytes"], each["spilling_in_loop"])
+        for each in spilling
+        if getattr(torch, each["x"]) not in ROUNDED
     }
-    assert halves == {
-        ("sm_86", "float16", 1, 16): 8, ("sm_100", "float16", 5, 16): 16, ("sm_100", "bfloat16", 5, 16): 40,
-    }  # fmt: skip
-    assert max(each["spill_bytes"] for each in RECORDS if each["x"] in ("float32", "int8")) <= 16
+    assert halves == {("sm_100", "float16", 5, 16): (16, 0), ("sm_100", "bfloat16", 5, 16): (40, 4)}
+    assert all(
+        each["spill_bytes"] <= 24 and each["spilling_in_loop"] <= 4 for each in spilling if getattr(torch, each["x"]) in ROUNDED
+    )
+    assert len(spilling) < len(RECORDS) / 30 and sum(each["spilling_in_loop"] == 0 for each in spilling) > len(spilling) / 2
 
 
 def resident(device: DeviceRecord, record: dict[str, Any]) -> int:
@@ -83,9 +89,11 @@ def test_a_multiprocessor_holds_as_many_programs_as_the_cost_model_takes(device:
     mine = [each for each in RECORDS if each["target"] == device.target]
     assert len(mine) > 50
     for each in mine:
-        rounded = each["x"] == "int8"
-        dtype, sizes = torch.float16 if rounded else x_of(each), (SIZE, SIZE, each["bits"], GROUP_SIZE)
-        asked = Problem("linear", "cuda", dtype, *sizes, activation_bits=8 if rounded else 16)
+        x, sizes = x_of(each), (SIZE, SIZE, each["bits"], GROUP_SIZE)
+        if x == FP8 and DEVICES[device.target].takes_fp8 != device.takes_fp8:
+            continue  # sm_86, which has none, stands in for GPUs that have
+        rounding = {torch.int8: 8, FP8: packed.FP8}.get(x, 16)
+        asked = Problem("linear", "cuda", torch.float16 if x in ROUNDED else x, *sizes, activation_bits=rounding)
         work = triton_linear.linear(asked, Config(**each["config"]), device)
         assert 1 <= int((work.then or work).quantities(each["rows"]).resident) <= resident(device, each), each
 

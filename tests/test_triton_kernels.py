@@ -255,12 +255,20 @@ def rounded_norm(x: Tensor, norm: Norm, group_size: int, bits: int) -> tuple[Ten
     return middle, (high - low).abs() + off * middle.abs()
 
 
+MULTIPLIED_AS_THEY_ARE = {  # 8-bit floats, of many rows by short codes on GPUs that take them
+    "rows": [20, 7], "gated": False, "symmetric": False, "bias": True, "activation_bits": FP8, "held": False, "config": "flat",
+    "m": 20, "columns": 150, "seed": 0,
+}  # fmt: skip
+
+
 @settings(max_examples=min(25, EXAMPLES), deadline=None, print_blob=True)
 @given(
     bits=st.integers(1, 8), rows=st.lists(st.integers(1, 40), min_size=1, max_size=3), gated=st.booleans(), norm=st.booleans(),
     symmetric=st.booleans(), bias=st.booleans(), activation_bits=st.sampled_from([16, 16, 8, FP8]), held=st.booleans(),
     config=CONFIGS, dtype=DTYPES, m=st.integers(1, 20), columns=st.integers(1, 150), seed=st.integers(0, 2**31),
 )  # fmt: skip
+@example(**MULTIPLIED_AS_THEY_ARE, bits=4, norm=False, dtype=torch.float16)
+@example(**MULTIPLIED_AS_THEY_ARE, bits=3, norm=True, dtype=torch.bfloat16)
 def check_several_matrices(
     bits, rows, gated, norm, symmetric, bias, activation_bits, held, config, dtype, m, columns, seed
 ):  # fmt: skip
@@ -273,8 +281,9 @@ def check_several_matrices(
     x, behind = torch.randn(m, columns).to(dtype), Epilogue("silu" if gated else "", gated)
     told = {"activation_bits": activation_bits, "config": config_named(config, WordLayout.of(bits, columns, 32))}
     before = Norm(torch.rand(columns).to(dtype) + 0.5, 1e-5) if norm and activation_bits != 16 else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "takes_fp8", lambda x: held)  # 8-bit floats as they are, or held by float16
+    takes_fp8 = launch.takes_fp8
+    with pytest.MonkeyPatch.context() as patch:  # float16 holds 8-bit floats, or they are multiplied where that is possible
+        patch.setattr(launch, "takes_fp8", lambda x: not held and (INTERPRETED or takes_fp8(x)))
         together = triton_linear.fused_linear(x, matrices, bits, 32, before, behind, **told)
         if before is None and not gated and told["config"] is not None:
             apart = [triton_linear.fused_linear(x, [each], bits, 32, **told) for each in matrices]

@@ -19,9 +19,9 @@ OCCUPANCY = MEASURED.with_name("gpu_occupancy.json")
 TABLE = Path(__file__).parents[2] / "lowering" / "cost" / "instructions.json"
 REGISTERS = TABLE.with_name("registers.json")
 LOOPS = {1: "unrolled", 256: "stepped"}  # rows of x: the loop of the kernel that is launched for them
-ACTIVATIONS = ("float16", "bfloat16", "int8")
+ACTIVATIONS = ("float16", "bfloat16", "int8", "float8_e4m3fn")
 COUNTED = {"int8": ("IMMA", "IGMMA", "FFMA", "I2FP", "FMUL")}
-COUNTED_OF_FLOATS = ("HMMA", "HGMMA", "FFMA")
+COUNTED_OF_FLOATS = ("HMMA", "HGMMA", "QGMMA", "FFMA")
 COUNTED_OF_AMD = ("v_mfma", "v_fma", "v_pk_fma")  # begin so
 
 

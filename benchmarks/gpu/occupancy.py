@@ -18,13 +18,14 @@ import triton
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/, where the package gpu is, in place of this folder
 
-from gpu.instructions import DEVICES, GROUP_SIZE, SIZE, compile_product
+from gpu.instructions import DEVICES, FP8, GROUP_SIZE, SIZE, compile_product, name_of
 from kbit_inductor.kernels.triton.config import default_config
 from kbit_inductor.kernels.words import WordLayout
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_occupancy.json"
 ROWS = (1, 16, 32, 64, 256)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, FP8)
+SPILLING = ("LDL", "STL", "scratch_")  # instructions begin so
 
 
 def records() -> Iterator[dict[str, object]]:
@@ -35,11 +36,12 @@ def records() -> Iterator[dict[str, object]]:
                 layout = WordLayout.of(bits, SIZE, GROUP_SIZE)
                 configs = {default_config(m, SIZE, layout, dtype, device): m for m in reversed(ROWS)}
                 for config, m in reversed(configs.items()):
-                    rounded = dtype == torch.int8
-                    kernel, _ = compile_product(target, bits, m, torch.float16 if rounded else dtype, rounded=rounded)
+                    kernel, _ = compile_product(target, bits, m, dtype)
                     found = {"registers": kernel.registers, "shared": kernel.shared, "spill_bytes": kernel.spill_bytes}
-                    x = str(dtype).removeprefix("torch.")
-                    yield {"target": target, "x": x, "bits": bits, "rows": m, **found, "config": dataclasses.asdict(config)}
+                    if kernel.spill_bytes:
+                        found["spilling_in_loop"] = sum(opcode.startswith(SPILLING) for opcode in kernel.main_loop)
+                    key = {"target": target, "x": name_of(dtype), "bits": bits, "rows": m}
+                    yield {**key, **found, "config": dataclasses.asdict(config)}
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ DECODE_ROWS = 16
 FLOAT_ROWS = 2048
 """Rows of a 16-bit x from which the weight is unpacked once, for PyTorch's product. To write 8192 x 8192 floats, 128 MiB, takes an
 H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, which unpacking keeps it from."""
-TWO_SUMS = (torch.bfloat16, torch.float8_e4m3fn)  # of which long codes are two, so that registers hold less
+TWO_SUMS = (torch.bfloat16,)  # of which long codes are two, so that registers hold less
+FP8_BITS = 4
+"""Of a code that is an 8-bit float; a longer one is two, so that float16, of which it is one, takes no longer."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 LEAST_BLOCK_N, LEAST_BLOCK_M = 32, 16
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
@@ -56,6 +58,7 @@ class Device:
         least_rows: rows of x that an instruction of its tensor cores takes at least.
         shared_memory: bytes that a program may have.
         copies_words: whether words of a loop that is not unrolled go through shared memory (NVIDIA), or to registers (AMD).
+        takes_fp8: whether its tensor cores multiply 8-bit floats (e4m3).
     """
 
     multiprocessors: int = 1
@@ -63,6 +66,7 @@ class Device:
     least_rows: int = 8
     shared_memory: int = 1 << 30
     copies_words: bool = True
+    takes_fp8: bool = False
 
 
 def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
@@ -76,6 +80,17 @@ def default_config(m: int, n: int, layout: WordLayout, dtype: torch.dtype, devic
     return config
 
 
+def held_dtype(dtype: torch.dtype, config: Config, bits: int, takes_fp8: bool) -> torch.dtype:
+    """What holds an x of ``dtype``: float16 8-bit floats, but for tensor cores that take them, many rows, and short codes.
+
+    For few rows, compilers make float16 of 8-bit floats in front of each product (``mma.sync`` on sm_90 and sm_100), and a code
+    becomes a float16 by half as many instructions.
+    """
+    if dtype != torch.float8_e4m3fn or (takes_fp8 and config.block_m > DECODE_ROWS and bits <= FP8_BITS):
+        return dtype
+    return torch.float16
+
+
 def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device: Device) -> int:
     """Shared memory of a program, or a little more: what Triton's pipeline keeps of x and of the words, as it compiles.
 
@@ -85,7 +100,8 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     """
     unrolled = config.steps == layout.block_pieces
     tile = config.block_n * layout.piece * WORD_BITS // 8
-    x = config.steps * config.block_m * layout.piece * dtype.itemsize
+    held = held_dtype(dtype, config, layout.bits, device.takes_fp8)
+    x = config.steps * config.block_m * layout.piece * held.itemsize
     tiles = layout.block_tiles if unrolled else config.steps * layout.bits.bit_count()
     words = tile * tiles if unrolled or device.copies_words else 0
     together = device.wgmma and config.num_warps >= 4 and config.block_n >= 64
@@ -100,7 +116,7 @@ def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Devi
     if m <= DECODE_ROWS:
         wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, math.ceil(n / 32))
         split_k = max(1, min(wanted, layout.pieces // layout.block_pieces // LEAST_STEPS))
-        if m > 8 and layout.bits % 2 and dtype.itemsize == 2:
+        if m > 8 and layout.bits % 2 and dtype != torch.int8:
             return _sixteen_rows(layout, split_k, dtype, device)
         return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
     if m <= 32:
@@ -114,10 +130,13 @@ def _sixteen_rows(layout: WordLayout, split_k: int, dtype: torch.dtype, device: 
     """For 9 to 16 rows and blocks of 16 pieces, as odd k have: so cut that registers suffice, as it was compiled."""
     if layout.bits == 5 and device.wgmma:
         return Config(16, 64, layout.block_pieces, sums=True, split_k=split_k, num_warps=4, num_stages=2)
-    config = Config(16, 32, layout.block_pieces, sums=True, split_k=split_k, num_warps=2, num_stages=3)
-    if layout.bits == 3 and 2 * shared_bytes(config, layout, dtype, device) <= device.shared_memory:
-        return config  # with room for a second program
-    return dataclasses.replace(config, num_stages=2)
+    config = Config(16, 32, layout.block_pieces, sums=True, split_k=split_k, num_warps=2, num_stages=2)
+    if layout.bits == 1 and 3 * shared_bytes(config, layout, dtype, device) > device.shared_memory:
+        return dataclasses.replace(config, block_n=64, num_warps=4)  # with room for two programs at most
+    longer = dataclasses.replace(config, num_stages=3)
+    if layout.bits == 3 and 2 * shared_bytes(longer, layout, dtype, device) <= device.shared_memory:
+        return longer  # with room for a second program
+    return config
 
 
 def smaller(config: Config) -> Config | None:

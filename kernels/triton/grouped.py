@@ -17,7 +17,15 @@ from torch import Tensor
 
 from kbit_inductor.kernels.triton.config import Config, default_config
 from kbit_inductor.kernels.triton.epilogue import store_result
-from kbit_inductor.kernels.triton.launch import NOT_ROUNDED, activations, check_activations, device_of, takes_ptx, tile_arguments
+from kbit_inductor.kernels.triton.launch import (
+    NOT_ROUNDED,
+    activations,
+    check_activations,
+    device_of,
+    operand_dtype,
+    takes_ptx,
+    tile_arguments,
+)
 from kbit_inductor.kernels.triton.quantize import Activations
 from kbit_inductor.kernels.triton.tile import tile_sums
 from kbit_inductor.kernels.words import WordLayout
@@ -127,7 +135,7 @@ def _launch(
         return out
     layout = WordLayout.of(bits, k, group_size)
     if config is None:
-        rows, dtype = entry_rows or triton.cdiv(m, count), x.dtype if activation_bits == NOT_ROUNDED else torch.int8
+        rows, dtype = entry_rows or triton.cdiv(m, count), operand_dtype(x, activation_bits)
         # Columns are not split: there are programs enough without.
         config = dataclasses.replace(default_config(rows, n, layout, dtype, device_of(x)), split_k=1)
     arguments = launch_arguments(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kbit_inductor.kernels.layout import FP8, MAX_BITS, level_bits, midpoint
-from kbit_inductor.kernels.triton.config import Config, Device
+from kbit_inductor.kernels.triton.config import Config, Device, held_dtype
 from kbit_inductor.kernels.triton.norm import Norm
 from kbit_inductor.kernels.triton.quantize import Activations, quantize
 from kbit_inductor.kernels.words import WordLayout, pad_groups
@@ -72,7 +72,7 @@ def device_of(x: Tensor) -> Device:
         properties.shared_memory_per_block if amd else getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
     )
     wgmma, least_rows = not amd and properties.major == 9, 16 if amd else 8
-    return Device(properties.multi_processor_count, wgmma, least_rows, shared, copies_words=not amd)
+    return Device(properties.multi_processor_count, wgmma, least_rows, shared, copies_words=not amd, takes_fp8=takes_fp8(x))
 
 
 FP8_CAPABILITY = (8, 9)  # of NVIDIA's tensor cores that multiply e4m3; AMD's of gfx942 have another form of it
@@ -101,6 +101,11 @@ def span_pieces(layout: WordLayout, config: Config) -> int:
     return math.gcd(layout.group_pieces, config.steps, 2)
 
 
+def operand_dtype(x: Tensor, bits: int) -> torch.dtype:
+    """As what a product is cut whose ``x`` is rounded to ``bits``, or not at all."""
+    return {NOT_ROUNDED: x.dtype, FP8: torch.float8_e4m3fn}.get(bits, torch.int8)
+
+
 def activations(x: Tensor, layout: WordLayout, config: Config, bits: int, norm: Norm | None = None) -> Activations:
     """``x`` ``[..., K]`` as a product cut by ``config`` reads it: rounded to ``bits``, or not at all if they are 16.
 
@@ -108,7 +113,7 @@ def activations(x: Tensor, layout: WordLayout, config: Config, bits: int, norm: 
     """
     flat, span = flat_rows(x), span_pieces(layout, config)
     if bits < NOT_ROUNDED:
-        return quantize(flat, layout, span, bits, norm, torch.float8_e4m3fn if takes_fp8(x) else torch.float16)
+        return quantize(flat, layout, span, bits, norm, held_dtype(torch.float8_e4m3fn, config, layout.bits, takes_fp8(x)))
     return Activations(flat, sums=span_sums(flat, layout, span) if config.sums else None)
 
 

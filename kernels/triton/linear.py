@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kbit_inductor.kernels.layout import FP8
 from kbit_inductor.kernels.triton.config import Config, default_config
 from kbit_inductor.kernels.triton.epilogue import NOTHING, Epilogue, check_epilogue, store_result
 from kbit_inductor.kernels.triton.launch import (
@@ -22,6 +21,7 @@ from kbit_inductor.kernels.triton.launch import (
     activations,
     check_activations,
     device_of,
+    operand_dtype,
     takes_ptx,
     tile_arguments,
 )
@@ -159,8 +159,7 @@ def product_tiles(matrices: Sequence[Matrix], m: int, epilogue: Epilogue, config
 
 def config_of(x: Tensor, n: int, layout: WordLayout, activation_bits: int) -> Config:
     """How a product of ``x`` ``[..., K]`` with ``n`` rows of weights is cut, if nobody says otherwise."""
-    dtype = {NOT_ROUNDED: x.dtype, FP8: torch.float8_e4m3fn}.get(activation_bits, torch.int8)
-    return default_config(math.prod(x.shape[:-1]), n, layout, dtype, device_of(x))
+    return default_config(math.prod(x.shape[:-1]), n, layout, operand_dtype(x, activation_bits), device_of(x))
 
 
 def fused_linear(

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 RECORDS = Path(__file__).with_name("devices.json")
 REACHED_BANDWIDTH = 4.3 / 4.8
 """Share of the published bandwidth that a copy reaches, where none was measured: that of an H200."""
@@ -37,6 +39,7 @@ class DeviceRecord:
         peak_bandwidth: published, bytes/s.
         peak_matrix_rate: published, operations/s of 16-bit products with float32 sums, dense.
         peak_integer_rate: the same, of int8 products. 0: unknown, and taken for twice as many.
+        peak_fp8_rate: the same, of 8-bit floats (e4m3) with float32 sums. 0: none, and float16 holds them.
         clock: Hz under load.
         multiprocessors: streaming multiprocessors or compute units; cores of a CPU.
         lanes: threads of a multiprocessor for which an instruction is issued in a clock.
@@ -66,6 +69,7 @@ class DeviceRecord:
     warp: int
     source: str
     peak_integer_rate: float = 0.0
+    peak_fp8_rate: float = 0.0
     reached_bandwidth: float = 0.0
     reached_matrix_rate: float = 0.0
     reached_instruction_rate: float = 0.0
@@ -82,10 +86,15 @@ class DeviceRecord:
         """Operations/s that can be reached."""
         return self.reached_matrix_rate or REACHED_MATRIX_RATE * self.peak_matrix_rate
 
+    def speedup(self, dtype: torch.dtype) -> float:
+        """Times as many products of ``dtype`` as 16-bit ones in a second."""
+        rate = {torch.int8: self.peak_integer_rate or 2 * self.peak_matrix_rate, torch.float8_e4m3fn: self.peak_fp8_rate}
+        return rate.get(dtype, self.peak_matrix_rate) / self.peak_matrix_rate
+
     @property
-    def integer_speedup(self) -> float:
-        """Times as many int8 products as 16-bit ones in a second."""
-        return self.peak_integer_rate / self.peak_matrix_rate or 2.0
+    def takes_fp8(self) -> bool:
+        """Whether its matrix units multiply 8-bit floats (e4m3)."""
+        return self.peak_fp8_rate > 0
 
     @property
     def instruction_rate(self) -> float:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from kbit_inductor.lowering.cost.device import LAUNCH, DeviceRecord, find
+from kbit_inductor.lowering.requirements import FP8_CAPABILITY
 
 TIME_LIMIT = 0.05  # seconds for each of the timings
 LARGE = 2**27  # bytes, more than most caches on a chip
@@ -88,12 +89,14 @@ def measure_gpu(device: torch.device) -> DeviceRecord:
     clock = getattr(known, "clock_rate", 1_500_000) * 1e3
     lanes = 64 if amd or known.major < 8 else 128
     target = "gfx942" if amd else _nearest(known.major, known.minor)
+    fp8_rate = 2 * rate if not amd and (known.major, known.minor) >= FP8_CAPABILITY else 0.0
     return DeviceRecord(
         name=known.name, pattern="", target=target, peak_bandwidth=bandwidth, peak_matrix_rate=rate, clock=clock,
         multiprocessors=known.multi_processor_count, lanes=lanes, l2_bytes=known.L2_cache_size,
         shared_memory=getattr(known, "shared_memory_per_multiprocessor", 65536),
         registers=getattr(known, "regs_per_multiprocessor", 65536), threads=known.max_threads_per_multi_processor,
-        warp=known.warp_size, source="measured", reached_bandwidth=bandwidth, reached_matrix_rate=rate, launch=LAUNCH,
+        warp=known.warp_size, source="measured", peak_fp8_rate=fp8_rate, reached_bandwidth=bandwidth, reached_matrix_rate=rate,
+        launch=LAUNCH,
     )  # fmt: skip
 
 

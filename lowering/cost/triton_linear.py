@@ -22,8 +22,8 @@ from typing import NamedTuple
 import sympy
 import torch
 
-from kbit_inductor.kernels.layout import MAX_BITS
-from kbit_inductor.kernels.triton.config import Config, Device, default_config, shared_bytes
+from kbit_inductor.kernels.layout import FP8, MAX_BITS
+from kbit_inductor.kernels.triton.config import FP8_BITS, Config, Device, default_config, held_dtype, shared_bytes
 from kbit_inductor.kernels.words import WordLayout
 from kbit_inductor.lowering.cost.device import DeviceRecord
 from kbit_inductor.lowering.cost.products import MATRIX, USED, A, bound
@@ -46,10 +46,10 @@ STEP_INSTRUCTIONS = 200
 """Of a thread in a step of two pieces, however many weights it has: for x, for addresses, for waiting."""
 WGMMA_OPERANDS = 1.0
 """Instructions for each weight that bring it to where ``wgmma`` reads, when there are few rows of x."""
-MMA_WEIGHTS = {torch.int8: 16}  # else 8
-"""For each thread, that an instruction multiplies with 8 rows of x: mma.sync takes 16 x 16, or 16 x 32 of int8."""
+MMA_WEIGHTS = {torch.int8: 16, torch.float8_e4m3fn: 16}  # else 8
+"""For each thread, that an instruction multiplies with 8 rows of x: mma.sync takes 16 x 16, or 16 x 32 of 8 bits."""
 SCALING = {torch.int8: 4}  # instructions for each sum of a group, to convert it and apply step and scale; else those of the scale
-LEAST_INTEGER_PIECE = 32  # columns that int8 products take; fewer are multiplied as float16
+LEAST_BYTE_PIECE = 32  # columns that products of 8 bits take; fewer are multiplied as float16
 ROUNDING_INSTRUCTIONS = 42  # for each activation, as the kernel compiles for sm_90
 SEGMENT = 128  # columns that share a step
 
@@ -78,8 +78,8 @@ LINEAR = Work(
 """``columns`` are those of a row with its padding; ``passes`` products of the matrix units for each product of the sum, ``mma``
 instructions of theirs for each weight and 8 rows of x, ``scale`` instructions for each sum of a group, ``X`` bytes of what is read
 of an activation. While one of the stages is computed, the others are under way."""
-ROUNDING = Work(bytes=M * K * A + M * COLUMNS * (1 + 8 / SEGMENT), instructions=ROUNDING_INSTRUCTIONS * M * COLUMNS, then=LINEAR)
-"""Activations rounded to int8 with a step and a sum for each segment, then the product."""
+ROUNDING = Work(bytes=M * K * A + M * COLUMNS * (X + 8 / SEGMENT), instructions=ROUNDING_INSTRUCTIONS * M * COLUMNS, then=LINEAR)
+"""Activations rounded, with a step and a sum for each segment, then the product."""
 
 
 class Resources(NamedTuple):
@@ -98,23 +98,22 @@ def _table() -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
 
 def hardware(device: DeviceRecord) -> Device:
     """The device as the kernel's rule for configurations sees it."""
-    return Device(
-        device.multiprocessors, device.has_wgmma, device.least_rows, device.shared_memory - device.kept_shared, not device.is_amd
-    )
+    shared = device.shared_memory - device.kept_shared
+    return Device(device.multiprocessors, device.has_wgmma, device.least_rows, shared, not device.is_amd, device.takes_fp8)
 
 
 def linear(problem: Problem, config: Config, device: DeviceRecord) -> Work:
     """The work of a product with a configuration, in M, the rows of x of all matrices."""
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
-    span, x, needed = math.gcd(layout.group_pieces, config.steps, 2), operand_dtype(problem), resources(problem, config, device)
-    rounded = x == torch.int8
-    multiplied = torch.float16 if rounded and layout.piece < LEAST_INTEGER_PIECE else x
-    passes = _digits(problem) + (0 if config.sums or rounded else _parts(problem))
+    span, needed = math.gcd(layout.group_pieces, config.steps, 2), resources(problem, config, device)
+    x, rounded = _held(problem, config, device), problem.activation_bits != NOT_ROUNDED
+    multiplied = torch.float16 if x.itemsize == 1 and layout.piece < LEAST_BYTE_PIECE else x
+    passes = _digits(problem, x) + (0 if config.sums or rounded else _parts(problem))
     return bound(ROUNDING if rounded else LINEAR, problem).at(
         columns=layout.padded_columns, piece=layout.piece, span=span, steps=config.steps, X=x.itemsize,
         block_m=config.block_m, block_n=config.block_n, split_k=config.split_k, warps=config.num_warps, stages=config.num_stages,
         sums=float(config.sums and not rounded), scale=SCALING.get(x, 2),
-        passes=passes / (device.integer_speedup if multiplied == torch.int8 else 1),
+        passes=passes / device.speedup(multiplied),
         mma=0.0 if uses_wgmma(config, device) else passes / MMA_WEIGHTS.get(multiplied, 8),
         unpacking=_unpacking(problem, config, device), registers=needed.registers, shared=needed.shared,
         warp=device.warp, all_registers=device.registers, all_threads=device.threads, all_shared=device.shared_memory,
@@ -126,7 +125,7 @@ def resources(problem: Problem, config: Config, device: DeviceRecord) -> Resourc
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
     unrolled = config.steps == layout.block_pieces
     known = default(problem, 1 if unrolled else 256, device)
-    registers = _launched_registers(problem, config, device) or _estimated_registers(problem, config, known, unrolled, device)
+    registers = _launched_registers(problem, config, device) or _estimated_registers(problem, config, known, device)
     if config.split_k > max(1, known.split_k):
         registers += SHARING_REGISTERS
     shared = shared_bytes(config, layout, operand_dtype(problem), hardware(device))
@@ -139,9 +138,9 @@ def _launched_registers(problem: Problem, config: Config, device: DeviceRecord) 
     return _launched().get(device.target, {}).get(x, {}).get(str(problem.bits), {}).get(name_of(config), 0)
 
 
-def _estimated_registers(problem: Problem, config: Config, known: Config, unrolled: bool, device: DeviceRecord) -> float:
+def _estimated_registers(problem: Problem, config: Config, known: Config, device: DeviceRecord) -> float:
     """Of a thread, by those of the configuration ``known``."""
-    counted = _counted(problem, unrolled, device)["registers"]
+    counted = _counted(problem, config, device)["registers"]
     longer = max(1, config.block_n / config.num_warps / (known.block_n / known.num_warps))  # codes that a thread holds
     more = (config.block_m * config.block_n / config.num_warps - known.block_m * known.block_n / known.num_warps) / device.warp
     # The compiler gives half of it back.
@@ -168,15 +167,16 @@ def _unpacking(problem: Problem, config: Config, device: DeviceRecord) -> float:
     """Instructions for each weight but for the products and the scaling of sums."""
     layout = WordLayout.of(problem.bits, problem.columns, problem.group_size)
     if config.steps == layout.block_pieces:
-        return _counted(problem, True, device)["per_weight"] + (WGMMA_OPERANDS if uses_wgmma(config, device) else 0)
+        return _counted(problem, config, device)["per_weight"] + (WGMMA_OPERANDS if uses_wgmma(config, device) else 0)
     known = default(problem, 256, device)
     fewer = known.num_warps / known.block_n, config.num_warps / config.block_n
     step = STEP_INSTRUCTIONS * device.warp / (config.steps * layout.piece)
-    return max(1.0, _counted(problem, False, device)["per_weight"] + step * (fewer[1] - fewer[0]))
+    return max(1.0, _counted(problem, config, device)["per_weight"] + step * (fewer[1] - fewer[0]))
 
 
-def _counted(problem: Problem, unrolled: bool, device: DeviceRecord) -> dict[str, float]:
+def _counted(problem: Problem, config: Config, device: DeviceRecord) -> dict[str, float]:
     """Those of float16 on the device's target, and what the activations of ``problem`` differ by where they were counted."""
+    unrolled = config.steps == WordLayout.of(problem.bits, problem.columns, problem.group_size).block_pieces
     loop, bits, x = "unrolled" if unrolled else "stepped", str(problem.bits), str(operand_dtype(problem)).removeprefix("torch.")
     table = _table()
     own = {**table[STAND_IN]["float16"][loop][bits], **table.get(device.target, {}).get("float16", {}).get(loop, {}).get(bits, {})}
@@ -188,8 +188,13 @@ def _counted(problem: Problem, unrolled: bool, device: DeviceRecord) -> dict[str
 
 
 def operand_dtype(problem: Problem) -> torch.dtype:
-    """Of x as the product reads it."""
-    return problem.dtype if problem.activation_bits == NOT_ROUNDED else torch.int8
+    """Of x, as products with it are cut."""
+    return {NOT_ROUNDED: problem.dtype, FP8: torch.float8_e4m3fn}.get(problem.activation_bits, torch.int8)
+
+
+def _held(problem: Problem, config: Config, device: DeviceRecord) -> torch.dtype:
+    """Of x, as the product reads it."""
+    return held_dtype(operand_dtype(problem), config, problem.bits, device.takes_fp8)
 
 
 def default(problem: Problem, m: int, device: DeviceRecord) -> Config:
@@ -204,7 +209,8 @@ def _parts(problem: Problem) -> int:
     return 3 if operand_dtype(problem) == torch.float32 else 1
 
 
-def _digits(problem: Problem) -> int:
-    """Products of the matrix units for each of the sum: parts of the activation times digits of the level."""
+def _digits(problem: Problem, x: torch.dtype) -> int:
+    """Products of the matrix units for each of the sum: parts of an activation, held by ``x``, times digits of the level."""
     levels = problem.bits if problem.uniform else MAX_BITS
-    return _parts(problem) * (2 if levels == MAX_BITS and operand_dtype(problem) not in (torch.float16, torch.int8) else 1)
+    longest = {torch.float16: MAX_BITS, torch.int8: MAX_BITS, torch.float8_e4m3fn: FP8_BITS}.get(x, MAX_BITS - 1)
+    return _parts(problem) * (2 if levels > longest else 1)
