@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/, where the package gpu is, in place of this folder
 
 from gpu.instructions import DEVICES, FP8, GROUP_SIZE, SIZE, compile_product, name_of
+from kbit_inductor.kernels.triton.aot import CompiledKernel
 from kbit_inductor.kernels.triton.config import default_config
 from kbit_inductor.kernels.words import WordLayout
 
@@ -37,11 +38,17 @@ def records() -> Iterator[dict[str, object]]:
                 configs = {default_config(m, SIZE, layout, dtype, device): m for m in reversed(ROWS)}
                 for config, m in reversed(configs.items()):
                     kernel, _ = compile_product(target, bits, m, dtype)
-                    found = {"registers": kernel.registers, "shared": kernel.shared, "spill_bytes": kernel.spill_bytes}
-                    if kernel.spill_bytes:
-                        found["spilling_in_loop"] = sum(opcode.startswith(SPILLING) for opcode in kernel.main_loop)
+                    found = {"registers": kernel.registers, "shared": kernel.shared, **spilling(kernel)}
                     key = {"target": target, "x": name_of(dtype), "bits": bits, "rows": m}
                     yield {**key, **found, "config": dataclasses.asdict(config)}
+
+
+def spilling(kernel: CompiledKernel) -> dict[str, int]:
+    """What a thread keeps on its stack and, if it does, how many instructions of the main loop write or read it."""
+    found = {"spill_bytes": kernel.spill_bytes}
+    if kernel.spill_bytes:
+        found["spilling_in_loop"] = sum(opcode.startswith(SPILLING) for opcode in kernel.main_loop)
+    return found
 
 
 def main() -> None:

@@ -18,10 +18,13 @@ H200 about 44 us; its tensor cores take 350 us for so many rows at full rate, wh
 TWO_SUMS = (torch.bfloat16,)  # of which long codes are two, so that registers hold less
 FP8_BITS = 4
 """Of a code that is an 8-bit float; a longer one is two, so that float16, of which it is one, takes no longer."""
-PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = 4  # of two warps, in front of few rows
+WARPS_PER_MULTIPROCESSOR = 8
+MOST_SHARES = 16  # of a tile, which one program adds up
 LEAST_BLOCK_N, LEAST_BLOCK_M = 32, 16
 LEAST_STEPS = 4  # of a program, so that its pipeline fills
 LEAST_STAGES = 2
+RESULT_BYTES = 2  # of each sum of a tile, on its way to where it is stored
 BARRIERS = 16  # bytes of shared memory, by which NVIDIA's pipelines wait
 
 
@@ -106,29 +109,42 @@ def shared_bytes(config: Config, layout: WordLayout, dtype: torch.dtype, device:
     words = tile * tiles if unrolled or device.copies_words else 0
     together = device.wgmma and config.num_warps >= 4 and config.block_n >= 64
     more = (0 if unrolled and not together else x) + (tile if together and not unrolled else 0)
-    return (config.num_stages - 1) * (x + words) + more + (BARRIERS if device.copies_words else 0)
+    loop = (config.num_stages - 1) * (x + words) + more + (BARRIERS if device.copies_words else 0)
+    return max(loop, config.block_m * config.block_n * RESULT_BYTES)
 
 
 def _wanted(m: int, n: int, layout: WordLayout, dtype: torch.dtype, device: Device) -> Config:
     """That of :func:`default_config` where there is shared memory enough."""
+    if m > DECODE_ROWS:
+        return _filling(_tile(m, dtype, device), m, n, layout, device)
     if dtype == torch.float32:  # three products for each: unrolled, they would not fit in the registers
-        return Config(16, 32, 2, num_warps=2) if m <= DECODE_ROWS else Config(32, 64, 2, sums=True)
-    if m <= DECODE_ROWS:
-        wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, math.ceil(n / 32))
-        split_k = max(1, min(wanted, layout.pieces // layout.block_pieces // LEAST_STEPS))
-        if m > 8 and layout.bits % 2 and dtype != torch.int8:
-            return _sixteen_rows(layout, split_k, dtype, device)
-        return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
-    if m <= 32:
+        return Config(16, 32, 2, num_warps=2)
+    wanted = device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // max(1, math.ceil(n / 32))
+    split_k = max(1, min(wanted, layout.pieces // layout.block_pieces // LEAST_STEPS))
+    if m > 8 and layout.bits % 2 and dtype != torch.int8:
+        return _sixteen_rows(layout, split_k, dtype, device)
+    return Config(device.least_rows if m <= 8 else 16, 32, layout.block_pieces, split_k=split_k, num_warps=2, num_stages=2)
+
+
+def _tile(m: int, dtype: torch.dtype, device: Device) -> Config:
+    """For more rows of x than are decoded: the more, the larger."""
+    if m <= 32 or dtype == torch.float32:
         return Config(32, 64, 2, sums=True)
     if m <= 64 or not device.wgmma or dtype in TWO_SUMS:
         return Config(64, 128, 2, sums=True, num_warps=8)
     return Config(128, 128, 2, sums=True, num_warps=8)
 
 
+def _filling(config: Config, m: int, n: int, layout: WordLayout, device: Device) -> Config:
+    """``config`` with so many programs to a tile as give each multiprocessor :data:`WARPS_PER_MULTIPROCESSOR`."""
+    tiles = max(1, math.ceil(m / config.block_m) * math.ceil(n / config.block_n))
+    wanted = device.multiprocessors * WARPS_PER_MULTIPROCESSOR // (config.num_warps * tiles)
+    return dataclasses.replace(config, split_k=max(1, min(wanted, layout.pieces // config.steps // LEAST_STEPS, MOST_SHARES)))
+
+
 def _sixteen_rows(layout: WordLayout, split_k: int, dtype: torch.dtype, device: Device) -> Config:
     """For 9 to 16 rows and blocks of 16 pieces, as odd k have: so cut that registers suffice, as it was compiled."""
-    if layout.bits == 5 and device.wgmma:
+    if layout.bits in (3, 5) and device.wgmma:
         return Config(16, 64, layout.block_pieces, sums=True, split_k=split_k, num_warps=4, num_stages=2)
     config = Config(16, 32, layout.block_pieces, sums=True, split_k=split_k, num_warps=2, num_stages=2)
     if layout.bits == 1 and 3 * shared_bytes(config, layout, dtype, device) > device.shared_memory:

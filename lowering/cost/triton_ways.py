@@ -13,8 +13,9 @@ from kbit_inductor.lowering.cost.products import LOOKUP, UNPACKED_FROM, UNPACKED
 from kbit_inductor.lowering.cost.work import Work
 from kbit_inductor.lowering.problem import Problem
 
-REPRESENTATIVE_ROWS = (1, 16, 32, 64, 256)
-"""Rows of x whose default configurations are all that :func:`~kbit_inductor.kernels.triton.config.default_config` gives."""
+REPRESENTATIVE_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Rows of x whose default configurations are all that :func:`~kbit_inductor.kernels.triton.config.default_config` gives, but for
+how many programs share a tile, which is near enough to that of one of these."""
 LEAST_FLOAT_ROWS = 128
 """Rows of x from which unpacking is thought of: fewer leave cuBLAS with tiles that are not full, which the model takes for full."""
 
