@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from gpu import fused
 from gpu.instructions import DEVICES, RESULTS, ROWS, compile_product
 
 TABLE = json.loads(RESULTS.read_text())
@@ -23,6 +24,7 @@ ALL = {tuple(record[name] for name in KEY): record for record in TABLE["records"
 RECORDS = {(target, bits, rows): record for (target, x, bits, rows), record in ALL.items() if x == "float16"}
 RAGGED = [record for record in TABLE["records"] if "ragged" in record]
 NVIDIA = [target for target in DEVICES if target.startswith("sm")]
+FUSED = json.loads(fused.RESULTS.read_text())["records"]
 # What an H200 can execute while it reads a weight of so many bits, unpacking, scaling and multiplying together.
 MOST_PER_WEIGHT = {4: 3.5, 3: 2.6, 2: 1.8}
 compiled = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -87,6 +89,17 @@ def test_the_table_is_what_is_compiled(target, bits, rows):
     assert kernel.spill_bytes == 0
     assert set(re.findall(r"LDGSTS\S*", kernel.sass)) == {"LDGSTS.E.BYPASS.128"}
     assert ("HGMMA" in kernel.main_loop) == (rows == 256 and target == "sm_90")
+
+
+def test_what_is_fused_takes_the_loop_of_a_plain_product():
+    """Of every default configuration on sm_90: siblings and a gate with its factor, a twentieth more at most for nearly all."""
+    shares = [
+        (each[kind]["per_weight"] / each["plain"]["per_weight"], each, kind) for each in FUSED for kind in ("siblings", "gate")
+    ]
+    assert len(shares) == 2 * 2 * 8 * 5 and max(share for share, *_ in shares) < 1.1
+    assert sorted(share for share, *_ in shares)[len(shares) // 2] < 1.01
+    spilling = [each[kind] for _, each, kind in shares if each[kind]["spill_bytes"]]
+    assert len(spilling) <= 6 and all(each["spilling_in_loop"] == 0 and each["spill_bytes"] <= 40 for each in spilling)
 
 
 @compiled
