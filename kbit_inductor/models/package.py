@@ -1,7 +1,7 @@
-"""A packed model as a file that runs without Python: torch.export, then AOTInductor, with the kernels' library beside it.
+"""A packed model as one file that runs without Python: torch.export, then AOTInductor, with the kernels' library in the package.
 
-The kernels are the operators ``kbit::fused_linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. Whoever runs
-the package loads their library first; it needs nothing but torch.
+The kernels are the operators ``kbit::fused_linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. The model's
+code is linked to their library, so the dynamic linker loads it first, once for all packages of a process.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from kbit_inductor.errors import (
     UncapturableModelError,
     UnexportableModelError,
 )
-from kbit_inductor.kernels.cpu import build
+from kbit_inductor.kernels.cpu import build, compiler
 from kbit_inductor.logs import logger
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.passes.fuse import fuse
 
 log = logger("passes")
-LIBRARY = "libkbit.so"
 SUFFIX = "_cpu"  # of the operators that are C++ altogether
 
 
 @torch.no_grad()
 def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any], path: str | Path, *, dynamic: Any = None) -> Path:
-    """Compile ``model`` to the package ``path`` for AOTInductor, and put the library of the kernels beside it, as ``libkbit.so``.
+    """Compile ``model`` to the package ``path`` for AOTInductor.
 
-    The package holds the packed weights as they are in memory and no floats of them. It runs where this version of torch and the
-    library are: in C++ by ``AOTIModelPackageLoader``, in Python by ``torch._inductor.aoti_load_package``. Inductor compiles what is
-    around the products for the instruction set of this machine; the kernels choose theirs where they run.
+    The package holds the packed weights as they are in memory and no floats of them, and the library of the kernels. It runs where
+    this version of torch is: in C++ by ``AOTIModelPackageLoader``, in Python by ``torch._inductor.aoti_load_package``. Inductor
+    compiles what is around the products for the instruction set of this machine; the kernels choose theirs where they run.
 
     Args:
         model: packed by :func:`quantize_`, on the CPU, in ``eval()``. It must be one that ``torch.export`` takes.
@@ -60,7 +59,7 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     Raises:
         InvalidOptionError: ``path`` does not end with ``.pt2``, or the example is of size 1 or 0 where calls may differ.
         TrainingModeError: a model in training mode.
-        UnexportableModelError: no weight is packed, or one has a kernel that is not C++.
+        UnexportableModelError: no weight is packed, or one has a kernel that is not C++; with torch 2.11, a packed embedding.
         ModelCallError: the model itself fails on ``example``.
         UncapturableModelError: ``torch.export`` does not take the model, or not with these sizes dynamic.
     """
@@ -73,12 +72,12 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     arguments, keywords = _call_of(example)
     program = _captured(model, arguments, keywords, dynamic)
     log.info("fused into products: %s", dict(fuse_program(program)))
+    _check_dtypes(program)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".package-", dir=path.parent) as scratch:
         package = Path(scratch) / path.name
-        compile_package(program, package)
-        library = shutil.copy(build.build(), Path(scratch) / LIBRARY)
-        Path(library).replace(path.parent / LIBRARY)
+        library = shutil.copy(build.build(), Path(scratch) / compiler.loaded_name(compiler.stamp(compiler.sources())))
+        compile_package(program, package, Path(library))
         package.replace(path)
     return path
 
@@ -91,6 +90,15 @@ def _check_kernels(model: nn.Module) -> None:
         if matrix.suffix != SUFFIX:
             reasons = "; ".join(f"{kernel} {reason}" for kernel, reason in matrix.rejected)
             raise UnexportableModelError(f"layer {names[0]!r} has the kernel {matrix.kernel!r}, which is not C++ ({reasons})")
+
+
+def _check_dtypes(program: torch.export.ExportedProgram) -> None:
+    """Packages of torch 2.11 call operators with other dtypes than they were compiled with (mended by PyTorch's #173562)."""
+    if torch.__version__ < "2.12" and program.graph.find_nodes(op="call_function", target=torch.ops.kbit.embedding_cpu.default):
+        raise UnexportableModelError(
+            "packages of torch 2.11 mistake the dtypes of operators, and look-ups in packed embeddings have one; take torch 2.12 "
+            "or later, or leave embeddings in float by the option 'skip'"
+        )
 
 
 def _call_of(example: Tensor | Sequence[Any] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
