@@ -18,7 +18,17 @@ import torch
 from torch import fx
 
 from kbit_inductor.capture import VALUE, Context
-from kbit_inductor.passes.patterns import ADD, MULTIPLY, activation_of, alike, erase_dead, is_constant, rms_norm, value_of
+from kbit_inductor.passes.patterns import (
+    ADD,
+    MULTIPLY,
+    activation_of,
+    alike,
+    erase_dead,
+    is_constant,
+    is_float_product,
+    rms_norm,
+    value_of,
+)
 
 LINEAR = torch.ops.kbit.linear_triton.default
 FUSED = torch.ops.kbit.fused_linear_triton.default
@@ -196,6 +206,8 @@ def _norm(context: Context, node: fx.Node) -> None:
     call = Call.of(node)
     if call is None or call.arguments["activation_bits"] == NOT_ROUNDED or not call.lacks("norm_weight"):
         return
+    if is_float_product(call.arguments["residual"]):
+        return  # which reads the norm too, so it must be there
     normed = call.arguments["x"]
     found = rms_norm(normed, halves=True)
     if found is None:

@@ -25,6 +25,7 @@ from kbit_inductor.passes.patterns import (
     attention_arguments,
     erase_dead,
     is_constant,
+    is_float_product,
     rms_norm,
     unsliced,
 )
@@ -73,6 +74,9 @@ def fuse(context: Context) -> None:
         return
     fusion = _Fusion(context)
     fusion.begin(products)
+    for node in list(context.graph.nodes):
+        if any(is_float_product(operand) for operand in node.all_input_nodes):
+            fusion.residual(node)  # a side term, with which a product cannot be merged
     fusion.merge_siblings()
     for node in list(context.graph.nodes):
         fusion.gate(node)
@@ -119,7 +123,7 @@ class _Fusion:
         families: dict[Any, list[fx.Node]] = {}
         for node in self.graph.find_nodes(op="call_function", target=FUSED):
             call = Call.of(node)
-            if call is not None and all(bias is None or (bias.op == "placeholder" and is_constant(bias)) for bias in call.biases):
+            if call is not None and call.plain and all(map(_is_input, call.biases)):
                 group_size = self.group_sizes[call.weights[0]]
                 families.setdefault((call.x, call.activation_bits, group_size, node.meta[VALUE].dtype), []).append(node)
         for nodes in families.values():
@@ -225,8 +229,8 @@ class _Fusion:
     # linear(norm_weight * (x * rsqrt(mean(x ** 2) + eps)))
     def norm(self, node: fx.Node) -> None:
         call = Call.of(node)
-        if call is None or call.norm_weight is not None:
-            return
+        if call is None or call.norm_weight is not None or is_float_product(call.residual):
+            return  # the float product reads the norm too, so it must be there
         found = rms_norm(unsliced(call.x))
         if found is None:
             return
@@ -248,6 +252,11 @@ class _Fusion:
             created.meta = dict(node.meta)
             self.replace(node, created)
             self.done["attention"] += 1
+
+
+def _is_input(bias: Any) -> bool:
+    """Whether ``bias``, if there is one, is an input of the graph that nothing writes to."""
+    return bias is None or (bias.op == "placeholder" and is_constant(bias))
 
 
 def _is_half(node: Any, half: int) -> bool:

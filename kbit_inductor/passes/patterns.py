@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "sigmoid": (torch.sigmoid, functional.sigmoid, "sigmoid", aten.sigmoid.default),
     "tanh": (torch.tanh, functional.tanh, "tanh", aten.tanh.default),
 }
+LINEARS = (functional.linear, aten.linear.default)
 GELU = (functional.gelu, aten.gelu.default)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,6 +82,11 @@ def alike(a: Any, b: Any) -> bool:
     if x is None or y is None:
         return False
     return x.dtype == y.dtype and x.device == y.device and x.dim() == y.dim() and all(map(_same, x.shape, y.shape))
+
+
+def is_float_product(node: Any) -> bool:
+    """Whether ``node`` multiplies by a matrix in float: once weights are packed, a side term, or a layer that was left."""
+    return isinstance(node, fx.Node) and node.target in LINEARS
 
 
 def is_constant(node: Any) -> bool:
