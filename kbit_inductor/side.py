@@ -70,21 +70,23 @@ class Side:
         made = up.new_zeros(up.size(0), columns) if self.down is None else up[:, :rank] @ self.down.to(dtype)
         return made if self.columns is None else made.index_add(1, self.columns.to(torch.int64), up[:, rank:])
 
-    def bias(self, call: Call, bias: Any) -> Any:
-        """What is to be added to each row in place of ``bias``."""
-        if self.shift is None:
-            return bias
-        return self.shift if bias is None else call(torch.add, bias, self.shift)
 
-    def add(self, call: Call, product: Any, x: Any) -> Any:
-        """``product + side(x)``, without the shift."""
-        if self.up is None:
-            return product
-        inner = [] if self.down is None else [call(functional.linear, x, self.down)]
-        if self.columns is not None:
-            inner.append(call(torch.index_select, x, -1, self.columns))
-        term = call(functional.linear, inner[0] if len(inner) == 1 else call(torch.cat, inner, -1), self.up)
-        return call(torch.add, product, term)
+def with_shift(call: Call, bias: Any, shift: Any) -> Any:
+    """What is to be added to each row in place of ``bias``; either may be None."""
+    if bias is None or shift is None:
+        return bias if shift is None else shift
+    return call(torch.add, bias, shift)
+
+
+def with_term(call: Call, product: Any, x: Any, down: Any, columns: Any, up: Any) -> Any:
+    """``product + side(x)``; the parts are those of :class:`Side`, and what there is of them is multiplied by."""
+    if up is None:
+        return product
+    inner = [] if down is None else [call(functional.linear, x, down)]
+    if columns is not None:
+        inner.append(call(torch.index_select, x, -1, columns))
+    term = call(functional.linear, inner[0] if len(inner) == 1 else call(torch.cat, inner, -1), up)
+    return call(torch.add, product, term)
 
 
 SIDE = tuple(PREFIX + field.name for field in dataclasses.fields(Side))

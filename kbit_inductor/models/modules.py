@@ -23,7 +23,7 @@ from kbit_inductor.lowering import ops
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
-from kbit_inductor.side import SIDE, Side
+from kbit_inductor.side import SIDE, Side, with_shift, with_term
 
 log = logger("pack")
 INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}  # of the same bytes, which no conversion casts
@@ -94,9 +94,7 @@ class PackedMatrix(nn.Module):
         """``x @ W.T + bias`` for ``x`` ``[..., K]``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        side, given = self.side, x
-        if side is not None:
-            bias = side.bias(run, bias)
+        given, bias = x, with_shift(run, bias, self.side_shift)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         product: Tensor
@@ -106,7 +104,8 @@ class PackedMatrix(nn.Module):
         else:
             packed = (self.planes, self.scale, self.offset, self.global_scale)
             product = ops.overload("linear", self.suffix)(x, *packed, bias, *self._form, self.codebook)
-        return product if side is None else side.add(run, product, given)
+        product = with_term(run, product, given, self.side_down, self.side_columns, self.side_up)
+        return product
 
     def embedding(self, indices: Tensor) -> Tensor:
         """Rows ``indices``, ``[...]`` of int32 or int64, as ``[..., K]`` of :attr:`dtype`."""

@@ -20,6 +20,7 @@ from kbit_inductor.overrides import check_names
 from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
 from kbit_inductor.progress import Progress
 from kbit_inductor.release import Trimmer, trim_heap
+from kbit_inductor.side import with_shift
 
 log = logger("pack")
 
@@ -212,7 +213,7 @@ def _float_module(module: nn.Module, weight: nn.Parameter, matrix: PackedMatrix)
         made = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
         bias, side = module._parameters["bias"], matrix.side
         if side is not None and side.shift is not None:
-            bias = nn.Parameter(side.bias(run, bias), requires_grad=bias is not None and bias.requires_grad)
+            bias = nn.Parameter(with_shift(run, bias, side.shift), requires_grad=bias is not None and bias.requires_grad)
         made.register_parameter("bias", bias)
     made.weight = weight
     return made

@@ -24,6 +24,7 @@ from kbit_inductor.passes.patterns import (
     activation_of,
     alike,
     erase_dead,
+    hoisted_bias,
     is_constant,
     is_float_product,
     rms_norm,
@@ -171,7 +172,7 @@ def _siblings(context: Context) -> None:
     families: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in context.graph.find_nodes(op="call_function", target=LINEAR):
         call = Call.of(node)
-        if call is not None and all(bias.op == "placeholder" for bias in call.arguments["bias"]):
+        if call is not None and all(hoisted_bias(context.graph, bias) for bias in call.arguments["bias"]):
             families.setdefault(call.kind(), []).append(node)
     for nodes in families.values():
         for first in range(0, len(nodes), MOST_MATRICES):

@@ -24,6 +24,7 @@ from kbit_inductor.passes.patterns import (
     alike,
     attention_arguments,
     erase_dead,
+    hoisted_bias,
     is_constant,
     is_float_product,
     rms_norm,
@@ -74,6 +75,8 @@ def fuse(context: Context) -> None:
         return
     fusion = _Fusion(context)
     fusion.begin(products)
+    for node in context.graph.find_nodes(op="call_function", target=FUSED):
+        hoisted_bias(context.graph, node.args[4][0])  # a corrected one, which would stand between products
     for node in list(context.graph.nodes):
         if any(is_float_product(operand) for operand in node.all_input_nodes):
             fusion.residual(node)  # a side term, with which a product cannot be merged
@@ -123,7 +126,7 @@ class _Fusion:
         families: dict[Any, list[fx.Node]] = {}
         for node in self.graph.find_nodes(op="call_function", target=FUSED):
             call = Call.of(node)
-            if call is not None and call.plain and all(map(_is_input, call.biases)):
+            if call is not None and call.plain and all(hoisted_bias(self.graph, bias) for bias in call.biases):
                 group_size = self.group_sizes[call.weights[0]]
                 families.setdefault((call.x, call.activation_bits, group_size, node.meta[VALUE].dtype), []).append(node)
         for nodes in families.values():
@@ -252,11 +255,6 @@ class _Fusion:
             created.meta = dict(node.meta)
             self.replace(node, created)
             self.done["attention"] += 1
-
-
-def _is_input(bias: Any) -> bool:
-    """Whether ``bias``, if there is one, is an input of the graph that nothing writes to."""
-    return bias is None or (bias.op == "placeholder" and is_constant(bias))
 
 
 def _is_half(node: Any, half: int) -> bool:

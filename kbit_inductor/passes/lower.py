@@ -20,7 +20,7 @@ from kbit_inductor.lowering.registry import Choice, choose
 from kbit_inductor.lowering.requirements import fp8_problem
 from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.passes.values import call_fake
-from kbit_inductor.side import Side, side_specs
+from kbit_inductor.side import Side, side_specs, with_shift, with_term
 from kbit_inductor.store import Form, Slot, form
 
 aten = torch.ops.aten
@@ -144,13 +144,12 @@ def _placeholders(context: Context, use: Use, specs: Sequence[tuple[tuple[int, .
 
 def _replace(context: Context, use: Use, choice: Choice, inputs: Inputs) -> None:
     dtype: Any = use.node.args[-1]
-    operands, side = inputs
+    operands, side, call = inputs.operands, inputs.side or Side(), _caller(context, use)
     with context.graph.inserting_before(use.node):
         if use.family == "linear":
             given, _, bias, _ = use.node.args
             x = _cast(context, given, dtype)
-            side = None if side is None else _cast_side(context, side, dtype)
-            bias = bias if side is None else side.bias(_caller(context, use), bias)
+            bias = with_shift(call, bias, side.shift)
             arguments = _linear_arguments(use, choice, x, operands, bias)
         elif use.batch is not None:
             x, _, where, _ = use.node.args
@@ -159,7 +158,7 @@ def _replace(context: Context, use: Use, choice: Choice, inputs: Inputs) -> None
             arguments = _embedding_arguments(use, choice, operands, dtype)
         created = context.graph.call_function(choice.overload(use.family), arguments)
         created.meta = dict(use.node.meta)
-        whole = created if side is None else side.add(_caller(context, use), created, x)
+        whole = created if side.up is None else with_term(call, created, x, *_multiplied(context, side, dtype))
     use.node.replace_all_uses_with(whole)
     context.graph.erase_node(use.node)
     use.node = created
@@ -178,10 +177,10 @@ def _caller(context: Context, use: Use) -> Callable[..., fx.Node]:
     return call
 
 
-def _cast_side(context: Context, side: Side, dtype: torch.dtype) -> Side:
-    """``side`` with the matrices that it multiplies by in ``dtype``."""
+def _multiplied(context: Context, side: Side, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """What x is multiplied by, its matrices in ``dtype``."""
     down, up = (None if part is None else _cast(context, part, dtype) for part in (side.down, side.up))
-    return Side(down, side.columns, up, side.shift)
+    return down, side.columns, up
 
 
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:

@@ -99,6 +99,17 @@ def is_constant(node: Any) -> bool:
     return value is not None and value._version == 0
 
 
+def hoisted_bias(graph: fx.Graph, bias: Any) -> bool:
+    """Whether ``bias`` is there before all products: none, an input, or a sum of inputs, which is moved to where they end."""
+    if bias is None or bias.op == "placeholder":
+        return bias is None or is_constant(bias)
+    operands = bias.all_input_nodes
+    if bias.target not in ADD or not all(each.op == "placeholder" and is_constant(each) for each in operands):
+        return False
+    graph.find_nodes(op="placeholder")[-1].append(bias)
+    return is_constant(bias)
+
+
 def _same(a: Any, b: Any) -> bool:
     return a is b or str(a) == str(b)  # without a guard on symbolic sizes
 
