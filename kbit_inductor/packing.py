@@ -176,17 +176,18 @@ def pack(
 
 def _pack_with_side(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None) -> PackedWeight:
     """Codes, and what makes good what they lose."""
-    specs = side_specs(*weight.shape, config, weight.dtype)
+    rows, columns = weight.shape
+    specs = side_specs(rows, columns, config, weight.dtype)
     if not specs:
         return _pack_matrix(weight, config, layout, statistics)
-    held, columns, told = weight, None, statistics
+    held, kept, told = weight, None, statistics
     if "side_columns" in specs:
         (count,), _ = specs["side_columns"]
-        columns = outlier_columns(weight, config.format(weight.size(1)), count, statistics)
-        held, told = without_columns(weight, columns, statistics)
+        kept = outlier_columns(weight, config.format(columns), count, statistics)
+        held, told = without_columns(weight, kept, statistics)
     packed = _pack_matrix(held, config, layout, told)
     wide = weight.float()
-    side = find_side(wide - packed.dequantize(), columns, config, weight.dtype, statistics)
+    side = find_side(wide - packed.dequantize(), kept, config, weight.dtype, statistics)
     packed = dataclasses.replace(packed, side=side)
     unit = global_scale_of(weight)
     left, norm = (float((each / unit).square().sum(dtype=torch.float64)) for each in (wide - packed.dequantize(), wide))

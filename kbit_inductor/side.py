@@ -64,10 +64,10 @@ class Side:
     def matrix(self, columns: int, dtype: torch.dtype) -> Tensor:
         """The matrix ``[N, columns]`` that the term multiplies by, 0 where there is none."""
         if self.up is None:
-            return torch.zeros((), dtype=dtype, device=self.shift.device)
-        up = self.up.to(dtype)
+            return torch.zeros((), dtype=dtype)
+        up: Tensor = self.up.to(dtype)
         rank = 0 if self.down is None else self.down.size(0)
-        made = up.new_zeros(up.size(0), columns) if self.down is None else up[:, :rank] @ self.down.to(dtype)
+        made: Tensor = up.new_zeros(up.size(0), columns) if self.down is None else up[:, :rank] @ self.down.to(dtype)
         return made if self.columns is None else made.index_add(1, self.columns.to(torch.int64), up[:, rank:])
 
 
@@ -119,17 +119,18 @@ def find_side(
         dtype: of the matrix.
         statistics: of its inputs.
     """
-    specs = side_specs(*lost.shape, config, dtype)
+    rows, width = lost.shape
+    specs = side_specs(rows, width, config, dtype)
     down, up, left = None, [], lost
     if columns is not None:
         up.append(lost.index_select(1, columns))
         left = lost.index_fill(1, columns.long(), 0.0)
     if "side_down" in specs:
-        wide, down = _low_rank(left, min(config.low_rank, *lost.shape), statistics)
+        wide, down = _low_rank(left, min(config.low_rank, rows, width), statistics)
         up.insert(0, wide)
     side = Side(None if down is None else down.to(dtype), columns, torch.cat(up, 1).to(dtype) if up else None)
     if "side_shift" in specs:
-        left = lost - side.matrix(lost.size(1), lost.dtype) if up else lost
+        left = lost - side.matrix(width, lost.dtype)
         side = dataclasses.replace(side, shift=mean_output(left, statistics).to(dtype))
     return side if specs else None
 
