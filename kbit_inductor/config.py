@@ -48,8 +48,8 @@ class LayerConfig:
         cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
             at run time. On a CPU only; it has offsets, no codebook, and a search of its own.
         sparsity: the share of each row that is set to zero before it is quantized, or ``"2:4"`` and the like: at most 2 of each 4
-            neighbours stay. By Wanda with a calibration, by magnitude without. It goes with ``symmetric``, whose grid holds zero,
-            and with quantizers that look at one entry at a time.
+            neighbours stay. By Wanda with a calibration, by magnitude without. Or ``"<0.01"``: entries of a smaller magnitude. It
+            goes with ``symmetric``, whose grid holds zero, and with quantizers that look at one entry at a time.
         low_rank: rank of a float term beside the product of the codes, which makes good most of what they have lost; 0 for none.
         outliers: share of the input columns, 0 to 1, whose weights stay in float: those whose rounding costs most.
         bias_correction: add to the bias what the outputs lack on average, with a calibration, which knows the mean of the inputs.
@@ -116,7 +116,9 @@ class LayerConfig:
 
     def _check_sparsity(self) -> None:
         if not is_sparsity(self.sparsity):
-            raise InvalidOptionError(f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to less than 1, or '2:4'")
+            raise InvalidOptionError(
+                f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to less than 1, '2:4', or '<0.01'"
+            )
         if not self.sparsity:
             return
         if not self.symmetric or self.bits in (1, "auto") or ZERO not in (self.levels() or (ZERO,)):

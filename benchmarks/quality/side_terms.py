@@ -102,7 +102,7 @@ def _cells(model: str, row: dict[str, Any]) -> tuple[str, ...]:
 def _lines(results: dict[str, Any]) -> Iterator[str]:
     """The table in markdown."""
     protocol = results["protocol"]
-    yield f"{protocol['text']}: {protocol['windows']} windows of {protocol['window']} tokens; calibrated on text of the model's own.\n"
+    yield f"{protocol['text']}: {protocol['windows']} windows of {protocol['window']} tokens; calibrated on own text.\n"
     yield "| model | codes | with | bits per weight | perplexity over float | KL |"
     yield "| --- | --- | --- | ---: | ---: | ---: |"
     for model, rows in results["models"].items():
