@@ -116,9 +116,7 @@ class LayerConfig:
 
     def _check_sparsity(self) -> None:
         if not is_sparsity(self.sparsity):
-            raise InvalidOptionError(
-                f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to less than 1, '2:4', or '<0.01'"
-            )
+            raise InvalidOptionError(f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to below 1, '2:4' or '<0.01'")
         if not self.sparsity:
             return
         if not self.symmetric or self.bits in (1, "auto") or ZERO not in (self.levels() or (ZERO,)):

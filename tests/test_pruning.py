@@ -77,7 +77,7 @@ def test_a_compiled_model_computes_with_the_zeros_and_its_ends_stay_whole(one_th
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0, "symmetric": True}, "less than 1"),
+        ({"sparsity": 1.0, "symmetric": True}, "below 1"),
         ({"sparsity": "4:2", "symmetric": True}, "2:4"),
         ({"sparsity": True}, "2:4"),
         ({"sparsity": "<0", "symmetric": True}, "<0.01"),

@@ -17,8 +17,8 @@ from torch import Tensor
 from kbit_inductor.quantizers.statistics import Statistics
 
 Sparsity = float | str
-"""A share of the entries of each row; ``"N:M"``: at most N of each M neighbours of a row stay; or ``"<δ"``: what is smaller than the
-number δ is cut."""
+"""A share of the entries of each row; ``"N:M"``: at most N of each M neighbours of a row stay; or ``"<δ"``: what is smaller than
+the number δ is cut."""
 
 
 def is_sparsity(value: object) -> bool:
