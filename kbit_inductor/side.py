@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kbit_inductor.quantizers import Statistics
-from kbit_inductor.quantizers.compensation import low_rank, mean_output, root_of
+from kbit_inductor.quantizers.compensation import float_columns, low_rank, mean_output, root_of
 from kbit_inductor.quantizers.grid import global_scale_of
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ def find_side(
     specs = side_specs(rows, width, config, dtype)
     down, up, left = None, [], lost
     if columns is not None:
-        up.append(lost.index_select(1, columns))
-        left = lost.index_fill(1, columns.long(), 0.0)
+        kept = float_columns(lost, columns, statistics)
+        up.append(kept)
+        left = lost.index_add(1, columns, kept, alpha=-1)
     if "side_down" in specs:
         wide, down = _low_rank(left, min(config.low_rank, rows, width), statistics)
         up.insert(0, wide)

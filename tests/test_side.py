@@ -18,6 +18,7 @@ import kbit_inductor as kbit
 from kbit_inductor import backend
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import Statistics
+from kbit_inductor.quantizers.compensation import DAMPING
 from kbit_inductor.side import side_specs
 from kbit_inductor.testing import assert_equivalent, relative_error, rewrite
 from kbit_inductor.testing.strategies import SEEDS, normal
@@ -241,3 +242,20 @@ def test_the_ends_of_a_model_have_codes_alone() -> None:
 def test_what_cannot_be_is_told(options, message):
     with pytest.raises(kbit.InvalidOptionError, match=message):
         kbit.Config(**options)
+
+
+def test_columns_in_float_make_good_what_they_can_of_the_others() -> None:
+    weight, x = normal((24, 48), 0), normal((400, 48), 1) @ normal((48, 48), 2) * torch.logspace(-1, 1, 48)
+    seen, left = Statistics(x.square().mean(0), x.t() @ x / 400, 400), {}
+    for name, options in (("gptq", {}), ("columns", {"outliers": 0.1})):
+        packed = pack(weight, kbit.LayerConfig(2, 16, quantizer="gptq", **options), statistics=seen)
+        left[name] = packed.dequantize() - weight
+    output = {name: float((x @ lost.t()).square().sum() / 400) for name, lost in left.items()}
+    assert output["columns"] < output["gptq"]
+    # Ridge regression minimizes its squared error and a penalty, so it is above the least by at most the penalty of that.
+    index = packed.side.columns.long()
+    others = x @ (weight - packed.coded.dequantize()).index_fill(1, index, 0.0).t()
+    best = torch.linalg.lstsq(x[:, index], others).solution
+    least = float((others - x[:, index] @ best).square().sum() / 400)
+    ridge = DAMPING * float(seen.mean_square.mean())
+    assert output["columns"] <= (least + ridge * float(best.square().sum())) * (1 + 1e-3)  # float32

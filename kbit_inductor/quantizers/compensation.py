@@ -86,17 +86,47 @@ def _lost(weight: Tensor, format: Format, statistics: Statistics | None) -> Tens
 
 
 def without_columns(weight: Tensor, columns: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statistics | None]:
-    """``weight`` with zeros in ``columns``, and ``statistics`` by which nothing is ever given to these."""
+    """``weight`` with zeros in ``columns``, and ``statistics`` of what the floats of these columns cannot make good.
+
+    Of E[x xᵀ] that is the Schur complement of the block of ``columns``: what is left of the other inputs when these are known.
+    """
     index = columns.long()
     weight = weight.index_fill(1, index, 0.0)
     if statistics is None:
         return weight, None
     told = index.to(statistics.mean_square.device)
-    hessian = statistics.hessian
+    hessian, mean_square = statistics.hessian, statistics.mean_square
     if hessian is not None:
-        hessian = hessian.index_fill(0, told, 0.0).index_fill(1, told, 0.0)
-    mean_square = statistics.mean_square.index_fill(0, told, 0.0)
+        left = hessian.double() - hessian[:, told].double() @ _regression(hessian, told).t()
+        hessian = left.index_fill(0, told, 0.0).index_fill(1, told, 0.0).float()
+        mean_square = hessian.diagonal().clamp(min=0.0)
+    mean_square = mean_square.index_fill(0, told, 0.0)
     return weight, dataclasses.replace(statistics, mean_square=mean_square, hessian=hessian)
+
+
+def float_columns(lost: Tensor, columns: Tensor, statistics: Statistics | None) -> Tensor:
+    """What ``columns``, int32 ``[c]``, are to add to what codes stand for that have lost ``lost`` ``[N, K]``: ``[N, c]``.
+
+    That is what the codes have lost there; with E[x xᵀ] also the best prediction, from these inputs, of what the others lose.
+    """
+    index = columns.long()
+    kept = lost.index_select(1, index)
+    if statistics is None or statistics.hessian is None:
+        return kept
+    predicted = _regression(statistics.hessian, index.to(statistics.hessian.device)).to(lost)
+    return kept + lost.index_fill(1, index, 0.0) @ predicted
+
+
+def _regression(hessian: Tensor, index: Tensor) -> Tensor:
+    """By what the inputs ``index`` predict all inputs best, float64 ``[K, c]``; ridge regression."""
+    across = hessian[:, index].double()
+    block = across[index]
+    ridge = DAMPING * float(hessian.diagonal().double().mean())
+    if not ridge > 0:
+        return torch.zeros_like(across)
+    block.diagonal().add_(ridge)
+    with one_thread():
+        return torch.linalg.solve(block, across.t()).t()
 
 
 def mean_output(lost: Tensor, statistics: Statistics | None) -> Tensor:
