@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import kbit_inductor as kbit
 from kbit_inductor import backend
+from kbit_inductor.models.saving import packed_matrix, stored_weight
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import Statistics
 from kbit_inductor.quantizers.compensation import DAMPING
@@ -206,6 +207,14 @@ def test_a_saved_model_has_its_floats_and_says_so_to_older_readers(tmp_path: Pat
     assert wide[0].weight.side.up.dtype == torch.float32
     manifest = json.loads((tmp_path / "kbit.json").read_text())
     assert manifest["version"] == 2 and manifest["weights"][0]["options"]["low_rank"] == 3
+
+
+def test_a_saved_column_that_there_is_not_is_refused() -> None:
+    matrix = kbit.quantize_(nn.Sequential(nn.Linear(48, 24)), OPTIONS)[0].weight
+    weight = stored_weight(matrix, ["fc"])
+    assert torch.equal(packed_matrix(weight, matrix.stored(), "cpu").dequantize(), matrix.dequantize())
+    with pytest.raises(kbit.CorruptModelError, match="not among 48 columns"):
+        packed_matrix(weight, {**matrix.stored(), "side_columns": matrix.side_columns + 47}, "cpu")
 
 
 def test_what_is_looked_up_has_codes_alone() -> None:
