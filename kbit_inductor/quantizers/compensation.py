@@ -126,7 +126,8 @@ def _regression(hessian: Tensor, index: Tensor) -> Tensor:
         return torch.zeros_like(across)
     block.diagonal().add_(ridge)
     with one_thread():
-        return torch.linalg.solve(block, across.t()).t()
+        solved: Tensor = torch.linalg.solve(block, across.t())
+    return solved.t()
 
 
 def mean_output(lost: Tensor, statistics: Statistics | None) -> Tensor:
