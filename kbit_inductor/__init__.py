@@ -11,6 +11,7 @@ from kbit_inductor.backend import kbit
 from kbit_inductor.bits import Plan, PlannedLayer, plan
 from kbit_inductor.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
+from kbit_inductor.channel_scaling import ChannelScaling, ScaledLayers, scale_channels_
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.debug.bisect import Culprit, bisect
 from kbit_inductor.errors import (
@@ -88,6 +89,7 @@ __all__ = [
     "BrokenPassError",
     "BudgetError",
     "Calibration",
+    "ChannelScaling",
     "Config",
     "CorruptModelError",
     "Culprit",
@@ -124,6 +126,7 @@ __all__ = [
     "PlannedLayer",
     "PromptTooLongError",
     "ReleasedWeightError",
+    "ScaledLayers",
     "SpeculativeGenerator",
     "TooManyTokensError",
     "TrainingModeError",
@@ -161,6 +164,7 @@ __all__ = [
     "register_quantizer",
     "restore_",
     "save",
+    "scale_channels_",
     "scaling",
     "to_gguf",
     "to_gptq",

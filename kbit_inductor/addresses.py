@@ -29,12 +29,12 @@ def into(old: PackedWeight | None, new: PackedWeight) -> PackedWeight:
 
     Tensors that autograd has kept of ``old`` count the write, so a backward pass through them is refused by torch.
     """
-    if old is None or len(old.operands) != len(new.operands) or not all(map(_fits, old.operands, new.operands)):
+    if old is None or len(old.inputs) != len(new.inputs) or not all(map(_fits, old.inputs, new.inputs)):
         return new
-    for there, value in zip(old.operands, new.operands, strict=True):
+    for there, value in zip(old.inputs, new.inputs, strict=True):
         with torch.inference_mode(there.is_inference()):  # such a tensor can be written to in that mode only
             there.copy_(value)
-    return dataclasses.replace(new, operands=old.operands)
+    return dataclasses.replace(new, operands=old.operands, side=old.side)
 
 
 def _fits(there: Tensor, value: Tensor) -> bool:

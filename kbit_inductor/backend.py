@@ -166,9 +166,8 @@ def _log_matches(context: Context, inputs: Sequence[Any]) -> None:
     for name, reasons in context.reasons.items():
         log.info("%s: %s", name, "; ".join(reasons))
     _log_fallbacks(context)
-    for reason in dict.fromkeys(slot.lacks(inputs[slot.argument]) for slot in context.slots):
-        if reason is not None:
-            _warn_lacking(reason)
+    for reason in dict.fromkeys(reason for slot in context.slots for reason in slot.lacks(inputs[slot.argument])):
+        _warn_lacking(reason)
     if torch.is_grad_enabled():
         _log_frozen({slot.name: inputs[slot.argument] for slot in context.slots})
 

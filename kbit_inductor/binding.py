@@ -29,6 +29,7 @@ class Binding:
         self.slots = slots
         self.arguments = tuple(dict.fromkeys(position for slot in slots for position in slot.sources))
         self.fingerprint = torch.ops.kbit.fingerprint.default if all(s.form.layout in TILED_LAYOUTS for s in slots) else None
+        self.has_sides = any(slot.form.config != slot.form.config.without_side for slot in slots)
         self.known: dict[int, Known] = {}
 
     def operands(self, arguments: Sequence[Any]) -> list[Tensor]:
@@ -40,7 +41,7 @@ class Binding:
         if known is not None:
             packed = [reference() for reference in known]
             if None not in packed:
-                return [one.operands[0] for one in packed]  # type: ignore[union-attr]
+                return _flat(packed) if self.has_sides else [one.operands[0] for one in packed]  # type: ignore[arg-type, union-attr]
         return _flat(self._look_up(arguments, weights))
 
     def _look_up(self, arguments: Sequence[Any], weights: list[Tensor]) -> list[PackedWeight]:
@@ -54,4 +55,4 @@ class Binding:
 
 
 def _flat(packed: list[PackedWeight]) -> list[Tensor]:
-    return [operand for one in packed for operand in one.operands]
+    return [operand for one in packed for operand in one.inputs]

@@ -141,6 +141,7 @@ class _Meter:
     module: nn.Module
     with_hessian: bool
     rows: int = 0
+    sums: Tensor | None = None
     squares: Tensor | None = None
     products: Tensor | None = None
 
@@ -156,12 +157,14 @@ class _Meter:
             )
         self.rows += len(x)
         self.squares = squares if self.squares is None else self.squares + squares
+        sums = x.sum(dim=0, dtype=torch.float64)
+        self.sums = sums if self.sums is None else self.sums + sums
         if self.with_hessian:
             self.products = x.t() @ x if self.products is None else self.products.addmm_(x.t(), x)
 
     def statistics(self) -> Statistics:
         """Means of what was summed up."""
-        if self.squares is None:
+        if self.squares is None or self.sums is None:
             raise LookupError(f"{self.name} was given nothing")
         hessian = None if self.products is None else self.products / self.rows
-        return Statistics((self.squares / self.rows).float(), hessian, self.rows)
+        return Statistics((self.squares / self.rows).float(), hessian, self.rows, mean=(self.sums / self.rows).float())

@@ -16,10 +16,12 @@ from kbit_inductor.derivation import Derivation
 from kbit_inductor.ends import ends_of_graph
 from kbit_inductor.lowering.registry import Choice
 from kbit_inductor.packing import WEIGHT_DTYPES
+from kbit_inductor.side import SIDE
 from kbit_inductor.store import Slot
 from kbit_inductor.views import Strides, WeightView, expanded_batch
 
 VALUE = "example_value"  # the metadata key under which Dynamo keeps a node's fake value
+PARTS = tuple(f".weight.{name}" for name in SIDE)  # of a weight that is packed already
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _named_weights(graph: fx.Graph, inputs: Sequence[Any]) -> Iterator[tuple[int
         if not isinstance(value, Tensor) or value.dim() < 2 or not (value.is_floating_point() or value.is_complex()):
             continue
         name, is_member = layer_name(node)
-        if is_member or isinstance(real, nn.Parameter):
+        if not name.endswith(PARTS) and (is_member or isinstance(real, nn.Parameter)):
             yield argument, node, name
 
 

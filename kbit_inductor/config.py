@@ -16,13 +16,18 @@ from kbit_inductor.kernels.layout import FP8, MAX_BITS
 from kbit_inductor.quantizers import CODEBOOK_NAMES, QUANTIZERS, Codebook, Format, codebook
 from kbit_inductor.quantizers.codebooks import UNIFORM, ZERO, is_codebook
 from kbit_inductor.quantizers.pruning import is_sparsity
+from kbit_inductor.quantizers.registry import LEARNING
 from kbit_inductor.quantizers.registry import find as find_quantizer
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PLACEHOLDER_BITS = 4  # of layers whose bits no plan has chosen
 AUTO_ACTIVATION_BITS = 8  # what "auto" means for the kernels of the CPU
 BUDGETS = ("average_bits", "memory_budget", "latency_budget")
-LAYER_OPTIONS = ("bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade", "sparsity")
+LAYER_OPTIONS = (
+    "bits", "group_size", "symmetric", "quantizer", "activation_bits", "codebook", "cascade", "sparsity", "low_rank", "outliers",
+    "bias_correction",
+)  # fmt: skip
+WITHOUT_SIDE: Mapping[str, Any] = {"low_rank": 0, "outliers": 0.0, "bias_correction": False}
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,11 @@ class LayerConfig:
         cascade: store nested codes: the first k of the ``bits`` are the model of k bits, which ``kbit_inductor.precision`` chooses
             at run time. On a CPU only; it has offsets, no codebook, and a search of its own.
         sparsity: the share of each row that is set to zero before it is quantized, or ``"2:4"`` and the like: at most 2 of each 4
-            neighbours stay. By Wanda with a calibration, by magnitude without. It goes with ``symmetric``, whose grid holds zero,
-            and with quantizers that look at one entry at a time.
+            neighbours stay. By Wanda with a calibration, by magnitude without. Or ``"<0.01"``: entries of a smaller magnitude. It
+            goes with ``symmetric``, whose grid holds zero, and with quantizers that look at one entry at a time.
+        low_rank: rank of a float term beside the product of the codes, which makes good most of what they have lost; 0 for none.
+        outliers: share of the input columns, 0 to 1, whose weights stay in float: those whose rounding costs most.
+        bias_correction: add to the bias what the outputs lack on average, with a calibration, which knows the mean of the inputs.
     """
 
     bits: int = 4
@@ -55,6 +63,9 @@ class LayerConfig:
     codebook: str = "uniform"
     cascade: bool = False
     sparsity: float | str = 0.0
+    low_rank: int = 0
+    outliers: float = 0.0
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         self._check_bits()
@@ -78,10 +89,34 @@ class LayerConfig:
                 "option 'cascade' finds codes and offsets by a search of its own; leave 'symmetric', 'quantizer' and 'codebook' out"
             )
         self._check_sparsity()
+        self._check_side()
+
+    def _check_side(self) -> None:
+        _integer("low_rank", self.low_rank, lambda v: v >= 0, "an integer, zero or more")
+        share = self.outliers
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise InvalidOptionError(f"option 'outliers' is {share!r}; give a share of the columns, from 0 to 1")
+        if not isinstance(self.bias_correction, bool):
+            raise InvalidOptionError(f"option 'bias_correction' is {self.bias_correction!r}; give True or False")
+        name = next((name for name, none in WITHOUT_SIDE.items() if getattr(self, name) != none), None)
+        if name is None:
+            return
+        if self.cascade:
+            raise InvalidOptionError(f"option {name!r} does not go with 'cascade', whose codes lose more with fewer planes")
+        if name != "bias_correction" and QUANTIZERS[self.quantizer].needs in LEARNING:
+            raise InvalidOptionError(
+                f"option {name!r} does not go with the quantizer {self.quantizer!r}, whose codes are not to be near the weight; "
+                "give another one, 'gptq' for one"
+            )
+
+    @property
+    def without_side(self) -> LayerConfig:
+        """The same without floats beside the codes."""
+        return dataclasses.replace(self, **WITHOUT_SIDE)
 
     def _check_sparsity(self) -> None:
         if not is_sparsity(self.sparsity):
-            raise InvalidOptionError(f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to less than 1, or '2:4'")
+            raise InvalidOptionError(f"option 'sparsity' is {self.sparsity!r}; give a share from 0 to below 1, '2:4' or '<0.01'")
         if not self.sparsity:
             return
         if not self.symmetric or self.bits in (1, "auto") or ZERO not in (self.levels() or (ZERO,)):
@@ -249,8 +284,9 @@ class Config(LayerConfig):
             chosen["bits"] = PLACEHOLDER_BITS
         elif is_end:
             bits = max(self.bits, self.end_bits)
-            levels = self.codebook if is_codebook(self.codebook, bits) else UNIFORM
-            chosen |= {"bits": bits, "codebook": levels, "sparsity": 0.0}
+            chosen |= {"bits": bits, "codebook": self.codebook if is_codebook(self.codebook, bits) else UNIFORM}
+        if is_end:
+            chosen |= {"sparsity": 0.0, **WITHOUT_SIDE}
         for pattern, options in self.overrides.items():
             if matches(pattern, name):
                 chosen |= options

@@ -23,6 +23,7 @@ from kbit_inductor.errors import KbitError, ModelCallError
 from kbit_inductor.expectation import Clock, Expectation
 from kbit_inductor.explain_page import Steps, render
 from kbit_inductor.models.modules import PackedMatrix, matrix_of
+from kbit_inductor.packing import PackedWeight
 from kbit_inductor.release import is_released
 from kbit_inductor.store import STORE, Slot
 from kbit_inductor.views import WeightView
@@ -239,7 +240,7 @@ def _is_of(use: Use, slot: Slot) -> bool:
 def _matched_report(context: Context, slot: Slot, uses: list[Any], inputs: Sequence[Any], clock: Clock) -> LayerReport:
     weight: Tensor = inputs[slot.argument]
     packed = STORE.find(inputs, slot) or slot.pack(inputs)
-    told = [each for each in (slot.lacks(weight), _floor(context.config, slot)) if each is not None]
+    told = [each for each in (*slot.lacks(weight), _floor(context.config, slot), _floats(packed)) if each is not None]
     first = uses[0][0]
     shape = (*(() if first.batch is None else (first.batch,)), first.rows, first.columns)
     return LayerReport(
@@ -268,6 +269,19 @@ def _floor(config: Config, slot: Slot) -> str | None:
     return f"a table or the head, so it has end_bits={config.end_bits} in place of bits={asked.bits}"
 
 
+def _floats(packed: PackedWeight) -> str | None:
+    """What floats there are beside the codes, or None."""
+    side = packed.side
+    if side is None:
+        return None
+    told = [
+        None if side.down is None else f"a term of rank {side.down.size(0)}",
+        None if side.columns is None else f"{len(side.columns)} input columns",
+        None if side.shift is None else "a corrected bias",
+    ]
+    return f"in float beside the codes: {', '.join(filter(None, told))} ({side.nbytes:,} bytes)"
+
+
 def _packed_before(model: Any, clock: Clock) -> list[LayerReport]:
     """The modules on packed weights that :func:`kbit_inductor.quantize_` has made."""
     if not isinstance(model, nn.Module):
@@ -278,9 +292,13 @@ def _packed_before(model: Any, clock: Clock) -> list[LayerReport]:
         if (matrix := matrix_of(module)) is not None:
             names.setdefault(matrix, []).append(name)
             uses.setdefault(matrix, []).append("embedding" if isinstance(module, nn.Embedding) else "linear")
+
+    def told(matrix: PackedMatrix) -> tuple[str, ...]:
+        return tuple(filter(None, ("packed by quantize_", _floats(matrix.packed))))
+
     return [
         LayerReport(
-            " = ".join(names[matrix]), tuple(matrix.shape), True, ("packed by quantize_",), tuple(uses[matrix]), matrix.config,
+            " = ".join(names[matrix]), tuple(matrix.shape), True, told(matrix), tuple(uses[matrix]), matrix.config,
             math.prod(matrix.shape) * matrix.dtype.itemsize, matrix.packed.nbytes, matrix.error,
             (matrix.kernel,) * len(uses[matrix]), dict(matrix.rejected),
             clock.times(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.errors import ModelMismatchError
 from kbit_inductor.models.modules import PackedLinear, PackedMatrix
+from kbit_inductor.quantizers.compensation import low_rank
 
 
 @torch.no_grad()
@@ -48,26 +49,11 @@ def init_lora_(
         statistics = None if calibration is None else calibration.layers.get(name)
         error = weight.to(matrix.device, torch.float32) - matrix.packed.dequantize()
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        left, right = low_rank(error, down.size(0), None if statistics is None else statistics.importance())
+        left, right = low_rank(error, down.size(0), None if statistics is None else statistics.importance().sqrt())
         scaling = abs(layer.scaling[adapter]) ** 0.5
         up.copy_(left / scaling)
         down.copy_(right / scaling)
     return model
-
-
-def low_rank(error: Tensor, rank: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``B`` ``[N, rank]`` and ``A`` ``[rank, K]`` whose product is nearest to ``error`` ``[N, K]``, by singular values.
-
-    ``importance`` ``[K]``, positive, is the weight of each column's squared error. Past the rank of ``error``, zeros.
-    """
-    root = torch.ones(error.size(1)) if importance is None else importance.sqrt()
-    root = root.to(error)
-    left, values, right = torch.linalg.svd(error * root, full_matrices=False)
-    kept = min(rank, len(values))
-    up, down = error.new_zeros(error.size(0), rank), error.new_zeros(rank, error.size(1))
-    up[:, :kept] = left[:, :kept] * values[:kept].sqrt()
-    down[:kept] = values[:kept].sqrt()[:, None] * right[:kept] / root
-    return up, down
 
 
 def _adapters(base: nn.Module, adapter: str) -> Iterator[tuple[str, Any, PackedMatrix]]:

@@ -19,8 +19,10 @@ from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import TILED_LAYOUTS, group_count, pack_codes, packed_width, tiled_nbytes, unpack_codes
 from kbit_inductor.kernels.words import WordLayout, pack_words, unpack_words
 from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics, cascade
-from kbit_inductor.quantizers.grid import ratio
+from kbit_inductor.quantizers.compensation import outlier_columns, without_columns
+from kbit_inductor.quantizers.grid import global_scale_of, ratio
 from kbit_inductor.quantizers.pruning import pruned
+from kbit_inductor.side import Side, find_side, side_specs
 
 STORED = ("planes", "scale", "offset", "global_scale", "codebook")
 """Names of the operands of the storage format."""
@@ -45,6 +47,7 @@ class PackedWeight:
         error: squared error over squared norm of the float weight; of a cascade, of all its bits.
         layout: ``"planes"``, ``"words"``, ``"tiled"`` or ``"vectors"``.
         batch: E, or None for one matrix.
+        side: what floats add to the product of the codes, or None.
     """
 
     operands: Operands
@@ -53,15 +56,29 @@ class PackedWeight:
     error: float
     layout: str = "planes"
     batch: int | None = None
+    side: Side | None = None
+
+    @property
+    def inputs(self) -> Operands:
+        """What a graph takes of it: the operands, and the parts of the side term."""
+        return self.operands if self.side is None else (*self.operands, *self.side.parts.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all operands."""
-        return sum(operand.nbytes for operand in self.operands)
+        """Bytes of all operands, and of the side term."""
+        return sum(operand.nbytes for operand in self.inputs)
+
+    @property
+    def coded(self) -> PackedWeight:
+        """The codes alone, without the side term."""
+        return self if self.side is None else dataclasses.replace(self, side=None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The float weight, ``[N, K]`` or ``[E, N, K]``, that the codes stand for."""
+        """The float weight, ``[N, K]`` or ``[E, N, K]``, that the codes and the side term stand for."""
         with no_modes():
+            if self.side is not None:
+                wide = torch.promote_types(dtype, torch.float32)
+                return (self.coded.dequantize(wide) + self.side.matrix(self.columns, wide)).to(dtype)
             if self.batch is not None:
                 matrices = zip(*self.operands, strict=True)
                 return torch.stack([dataclasses.replace(self, operands=each, batch=None).dequantize(dtype) for each in matrices])
@@ -136,7 +153,8 @@ def pack(
 ) -> PackedWeight:
     """Quantize and pack ``weight``, float32, bfloat16 or float16 of shape ``[N, K]`` or ``[E, N, K]`` and any strides.
 
-    ``statistics`` are those of the inputs of a matrix; of a batch there are none, as its matrices see different rows.
+    ``statistics`` are those of the inputs of a matrix; of a batch there are none, as its matrices see different rows, and it has no
+    side term.
 
     Raises:
         UnsupportedDtypeError: any other dtype.
@@ -151,7 +169,29 @@ def pack(
         )
     with no_modes():
         check_finite(weight, layer)
-        return _pack_matrix(weight, config, layout, statistics) if weight.dim() == 2 else _pack_batch(weight, config, layout)
+        if weight.dim() == 3:
+            return _pack_batch(weight, config.without_side, layout)
+        return _pack_with_side(weight, config, layout, statistics)
+
+
+def _pack_with_side(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None) -> PackedWeight:
+    """Codes, and what makes good what they lose."""
+    rows, columns = weight.shape
+    specs = side_specs(rows, columns, config, weight.dtype)
+    if not specs:
+        return _pack_matrix(weight, config, layout, statistics)
+    held, kept, told = weight, None, statistics
+    if "side_columns" in specs:
+        (count,), _ = specs["side_columns"]
+        kept = outlier_columns(weight, config.format(columns), count, statistics)
+        held, told = without_columns(weight, kept, statistics)
+    packed = _pack_matrix(held, config, layout, told)
+    wide = weight.float()
+    side = find_side(wide - packed.dequantize(), kept, config, weight.dtype, statistics)
+    packed = dataclasses.replace(packed, side=side)
+    unit = global_scale_of(weight)
+    left, norm = (float((each / unit).square().sum(dtype=torch.float64)) for each in (wide - packed.dequantize(), wide))
+    return dataclasses.replace(packed, error=ratio(left, norm))
 
 
 def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: Statistics | None = None) -> PackedWeight:
@@ -251,14 +291,15 @@ def plane_operands(operands: Sequence[T], config: LayerConfig) -> tuple[T, T, T 
 
 
 def specs_by_name(
-    rows: int, columns: int, config: LayerConfig, *, reordered: bool = False
+    rows: int, columns: int, config: LayerConfig, dtype: torch.dtype = torch.float32, *, reordered: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each operand of a matrix in the storage format, by the names of :data:`STORED`.
+    """Shape and dtype of each operand of a matrix of ``dtype`` in the storage format, by the names of :data:`STORED`.
 
-    Last comes the ``order`` of the columns, where it is ``reordered``.
+    Then come the parts of its side term, and last the ``order`` of the columns, where it is ``reordered``.
     """
     specs = plane_operands(operand_specs(rows, columns, config, "planes"), config)
     named = {name: spec for name, spec in zip(STORED, specs, strict=True) if spec is not None}
+    named |= side_specs(rows, columns, config, dtype)
     return {**named, "order": ((columns,), torch.int32)} if reordered else named
 
 

@@ -90,15 +90,17 @@ class Slot:
         statistics = self._statistics(arguments[self.argument])
         return pack(matrix, self.form.config, self.name, self.form.layout, statistics)
 
-    def lacks(self, weight: Tensor) -> str | None:
-        """What the quantizer is made for and has to do without, or None when it has all that it needs."""
-        name = self.form.config.quantizer
-        if QUANTIZERS[name].needs not in WITH_HESSIAN:
-            return None
-        statistics = self._statistics(weight)
-        if statistics is not None and statistics.hessian is not None:
-            return None
-        return f"quantizer {name!r} does without the Hessian that it is made for; give its inputs' by the option 'calibration'"
+    def lacks(self, weight: Tensor) -> list[str]:
+        """What has to be done without that is made use of, statistics of the inputs; nothing when all is there."""
+        name, statistics = self.form.config.quantizer, self._statistics(weight)
+        told = []
+        if QUANTIZERS[name].needs in WITH_HESSIAN and (statistics is None or statistics.hessian is None):
+            told.append(
+                f"quantizer {name!r} does without the Hessian that it is made for; give its inputs' by the option 'calibration'"
+            )
+        if self.form.config.bias_correction and (statistics is None or statistics.mean is None):
+            told.append("no bias correction: the mean of its inputs is not known; give it by the option 'calibration'")
+        return told
 
     def _statistics(self, weight: Tensor) -> Statistics | None:
         return None if self.calibration is None else self.calibration.of(weight, self.form.view.columns(weight))

@@ -149,6 +149,18 @@ def test_only_matrices_of_one_kind_share_a_call(module: nn.Module, options: dict
     assert products(captured(module, (5, 24), **options)) == calls
 
 
+@pytest.mark.parametrize("rounding", [16, 8])
+def test_the_product_adds_its_side_term(rounding: int, cpu_in_its_place: None) -> None:
+    options = {"low_rank": 4, "outliers": 0.1, "activation_bits": rounding}
+    module, x = Siblings().eval().requires_grad_(False), torch.randn(5, 24)
+    (graph,) = rewrite(module, x, config=OPTIONS | options)
+    assert products(graph) == {FUSED: 3} and graph.fusions == {"residual": 3} and not graph.operators["add"]
+    assert_equivalent(module, x, OPTIONS | options, through_inductor=False)
+    corrected = {"bias_correction": True}
+    (graph,) = rewrite(module, x, config=OPTIONS | corrected)
+    assert products(graph) == {FUSED: 1} and graph.fusions == {"siblings": 3}
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_layer_of_a_language_model_is_four_calls(kind: str, cpu_in_its_place: None) -> None:
     """Queries, keys and values; the output with the residual sum; the gate and its factor; the way down with the residual sum."""

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kbit_inductor as kbit
-from kbit_inductor.lora import low_rank
 from kbit_inductor.models.surgery import packed_matrices
+from kbit_inductor.quantizers.compensation import low_rank
 from kbit_inductor.testing import relative_error
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")

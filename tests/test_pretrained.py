@@ -19,7 +19,8 @@ from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.pretrained import KbitConfig, KbitQuantizer
 
 IDS = torch.arange(1, 9)[None]
-OPTIONS: dict[str, Any] = {"bits": 4, "group_size": 32, "overrides": {"re:.*v_proj": {"bits": 3, "codebook": "normal"}}}
+OVERRIDES = {"re:.*v_proj": {"bits": 3, "codebook": "normal"}, "re:.*o_proj": {"low_rank": 2, "outliers": 0.03}}
+OPTIONS: dict[str, Any] = {"bits": 4, "group_size": 32, "overrides": OVERRIDES}
 
 
 def llama(tied: bool) -> LlamaForCausalLM:

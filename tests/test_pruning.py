@@ -44,6 +44,15 @@ def test_as_many_stay_as_are_to_and_they_count_most(rows, columns, sparsity, wei
             assert stays.all() or block[stays].min() >= block[~stays].max()
 
 
+@given(rows=st.integers(0, 4), columns=st.integers(0, 40), threshold=st.sampled_from(["<0.5", "<1e-3", "<2"]), seed=SEEDS)
+def test_what_is_below_a_threshold_is_cut_and_counted(rows, columns, threshold, seed):
+    weight, limit = normal((rows, columns), seed), float(threshold[1:])
+    kept = pruned(weight, threshold, Statistics(torch.logspace(-2, 2, columns))) if columns else pruned(weight, threshold)
+    assert torch.equal(kept, weight * (weight.abs() >= limit))
+    packed = pack(weight, kbit.LayerConfig(8, 8, True, sparsity=threshold))
+    assert (packed.dequantize()[weight.abs() < limit] == 0).all()
+
+
 def test_equal_entries_are_cut_from_the_end():
     assert pruned(torch.ones(1, 8), "2:4").tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
     assert pruned(torch.ones(1, 3), 0.5).tolist() == [[1, 1, 0]]
@@ -68,9 +77,12 @@ def test_a_compiled_model_computes_with_the_zeros_and_its_ends_stay_whole(one_th
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0, "symmetric": True}, "less than 1"),
+        ({"sparsity": 1.0, "symmetric": True}, "below 1"),
         ({"sparsity": "4:2", "symmetric": True}, "2:4"),
         ({"sparsity": True}, "2:4"),
+        ({"sparsity": "<0", "symmetric": True}, "<0.01"),
+        ({"sparsity": "<1e999", "symmetric": True}, "<0.01"),
+        ({"sparsity": "<-1", "symmetric": True}, "<0.01"),
         ({"sparsity": 0.5}, "symmetric=True"),
         ({"sparsity": 0.5, "symmetric": True, "bits": 1}, "2 bits"),
         ({"sparsity": 0.5, "symmetric": True, "codebook": "normal"}, "'nf'"),

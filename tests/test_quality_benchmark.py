@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from quality import measures, methods, run  # noqa: E402
+from quality import measures, methods, run, side_terms  # noqa: E402
 
 VOCABULARY = 256
 
@@ -82,6 +82,22 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, one_thread_without
     assert more[-1]["kl"] < rows[1]["kl"] and more[-1]["bits"] > rows[1]["bits"]
     assert "| tiny | kbit auto | 3.5 bits |" in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality.png").stat().st_size > 0
+
+
+def test_side_terms_of_a_tiny_model(tmp_path, monkeypatch, one_thread_without_grad):
+    monkeypatch.setattr(side_terms.AutoModelForCausalLM, "from_pretrained", lambda folder: tiny().half())
+    monkeypatch.setattr(side_terms.AutoTokenizer, "from_pretrained", lambda folder: lambda text: {"input_ids": list(text.encode())})
+    monkeypatch.setattr(side_terms, "TERMS", ({}, {"low_rank": 2}, {side_terms.SCALED: True}))
+    (tmp_path / "text").write_text("The text that is predicted. " * 20)
+    arguments = ["--models", "tiny", "--text", str(tmp_path / "text"), "--length", "32", "--windows", "2", "--bits", "2"]
+    side_terms.main([*arguments, "--calibration-windows", "2", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "side_terms.json").read_text())["models"]["tiny"]
+    assert [row["options"].get("low_rank", 0) for row in rows] == [0, 2, 0] * 2
+    # The term has two floats of 16 bits for each row and column of seven matrices: 4 x 64 + 4 x 64 + 3 x (64 + 128) of each.
+    weights = 64 * (VOCABULARY + 4 * 64 + 3 * 128)
+    assert rows[1]["bits"] - rows[0]["bits"] == pytest.approx(2 * 16 * (4 * (64 + 64) + 3 * (64 + 128)) / weights)
+    assert rows[2]["bits"] == rows[0]["bits"] and rows[2]["kl"] != rows[0]["kl"]
+    assert "| tiny | 2 bits, clip | low_rank=2 |" in (tmp_path / "side_terms.md").read_text()
 
 
 ALL = methods.methods()

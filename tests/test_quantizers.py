@@ -9,11 +9,11 @@ from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import InvalidOptionError, NonFiniteWeightError, UnsupportedDtypeError, UnsupportedShapeError
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
-from kbit_inductor.lora import low_rank
 from kbit_inductor.lowering import registry
 from kbit_inductor.packing import operand_specs, pack
 from kbit_inductor.quantizers import QUANTIZERS, Format, Statistics, clip, register_quantizer, rtn
 from kbit_inductor.quantizers import registry as quantizers
+from kbit_inductor.quantizers.compensation import low_rank
 from kbit_inductor.testing.strategies import BITS, FLOATS, GROUPS, SEEDS, normal
 
 ALL_NAMES = st.sampled_from(sorted(QUANTIZERS))

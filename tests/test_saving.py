@@ -261,7 +261,7 @@ def weight(**values: object) -> Change:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (update(version=2), kbit.FormatVersionError, "version 2 of the format, this release reads 1"),
+        (update(version=3), kbit.FormatVersionError, "version 3 of the format, this release reads 1 and 2"),
         (update(format="other"), kbit.CorruptModelError, "does not describe a model"),
         (update(weights={}), kbit.ModelMismatchError, "has '"),
         (update(tensors=[]), kbit.CorruptModelError, "damaged"),

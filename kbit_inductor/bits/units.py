@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.ends import ends_of_model
 from kbit_inductor.packing import WEIGHT_DTYPES, PackedWeight, pack
 
 
@@ -79,9 +80,9 @@ def find_units(model: nn.Module, config: Config, siblings: Iterable[Iterable[str
                     products.add(weight)
     group = {name: index for index, together in enumerate(siblings) for name in together}
     units: dict[Any, Unit] = {}
-    ends = _ends(model, names)
+    ends, whole = _ends(model, names), ends_of_model(model)
     for weight, known in names.items():
-        layer = config.for_layer(known[0])
+        layer = config.for_layer(known[0], weight in whole)
         if layer is None:
             continue
         pinned = next((bits for name in known if (bits := config.pinned_bits(name)) is not None), None)

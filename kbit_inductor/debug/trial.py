@@ -68,7 +68,7 @@ class Trial:
 
     def exact(self, gm: fx.GraphModule, context: Context, recorder: dict[str, Any] | None = None) -> list[Any]:
         """What ``gm`` returns and writes in float64, with the weights that packed ones stand for."""
-        dense = {id(one.operands[0]): one.dequantize(torch.float64) for one in self.packed}
+        dense = {id(one.operands[0]): one.coded.dequantize(torch.float64) for one in self.packed}
         with isolated():
             arguments = [widen(argument) for argument in self._arguments(gm, {**self.values, **self.exact_values})]
             return [*leaves(Exact(gm, dense, recorder).run(*arguments)), *self._written(arguments)]
@@ -89,7 +89,7 @@ class Trial:
 
     def _arguments(self, gm: fx.GraphModule, values: Mapping[str, Any]) -> list[Any]:
         """A copy of each value, since a graph may write to what it is given; packed operands themselves."""
-        packed = [operand for one in self.packed for operand in one.operands]
+        packed = [operand for one in self.packed for operand in one.inputs]
         placeholders = gm.graph.find_nodes(op="placeholder")
         known = [node for node in placeholders if node.name in values]
         given = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), [values[node.name] for node in known])
@@ -97,7 +97,7 @@ class Trial:
 
     def _written(self, arguments: Sequence[Any]) -> list[Tensor]:
         """Those of the copies that the graph wrote to. Packed operands are none; packing wrote to them."""
-        packed = {id(operand) for one in self.packed for operand in one.operands}
+        packed = {id(operand) for one in self.packed for operand in one.inputs}
         return [value for value in arguments if isinstance(value, Tensor) and value._version > 0 and id(value) not in packed]
 
 

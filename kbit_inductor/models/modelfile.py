@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kbit_inductor.atomic import TEMPORARY, replacing
-from kbit_inductor.config import LayerConfig
+from kbit_inductor.config import WITHOUT_SIDE, LayerConfig
 from kbit_inductor.errors import CorruptModelError, FormatVersionError, InvalidOptionError, NotAModelFolderError
 from kbit_inductor.packing import specs_by_name
 
 MANIFEST = "kbit.json"
 FORMAT, VERSION = "kbit-inductor model", 1
+WITH_SIDE = 2  # the version of a folder with side terms, which readers of the first would leave out
 MOST_MANIFEST_BYTES = 64 << 20
 FILE_NAME = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 DTYPES = {
@@ -40,7 +41,7 @@ DTYPES = {
     )
 }  # fmt: skip
 NOT_WHAT_WAS_WRITTEN = (ValueError, KeyError, TypeError, OverflowError, InvalidOptionError)
-OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook", "cascade")
+OPTIONS = ("bits", "group_size", "symmetric", "activation_bits", "codebook", "cascade", *WITHOUT_SIDE)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class StoredWeight:
     @property
     def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of it, by its name after the layer's."""
-        return specs_by_name(self.rows, self.columns, self.config, reordered=self.reordered)
+        return specs_by_name(self.rows, self.columns, self.config, DTYPES[self.dtype], reordered=self.reordered)
 
     @property
     def config(self) -> LayerConfig:
@@ -114,7 +115,7 @@ class StoredWeight:
     def _parsed(cls, found: Mapping[str, Any]) -> StoredWeight:
         layers = tuple(_is(str, name) for name in _is(list, found["layers"]))
         size = (_is(int, found["rows"]), _is(int, found["columns"]))
-        given = {"cascade": False, **found["options"]}  # folders of older releases do not say
+        given = {"cascade": False, **WITHOUT_SIDE, **found["options"]}  # folders of older releases do not say
         options = {name: given[name] for name in OPTIONS}
         weight = cls(layers, *size, _dtype(found["dtype"]), float(found["error"]), options, found.get("reordered", False))
         if not layers or not isinstance(weight.reordered, bool) or min(size) < 0 or not isinstance(weight.config, LayerConfig):
@@ -159,10 +160,10 @@ class Manifest:
             raise CorruptModelError(f"{damaged} ({error})") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise CorruptModelError(f"{path} does not describe a model; give a folder that kbit_inductor.save has written")
-        if found.get("version") != VERSION:
+        if found.get("version") not in (VERSION, WITH_SIDE):
             raise FormatVersionError(
-                f"{path} has version {found.get('version')!r} of the format, this release reads {VERSION}; save it again with "
-                "this release, or install the one that wrote it"
+                f"{path} has version {found.get('version')!r} of the format, this release reads {VERSION} and {WITH_SIDE}; save it "
+                "again with this release, or install the one that wrote it"
             )
         try:
             return cls._parsed(found)
@@ -189,7 +190,9 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Replace the one in ``folder`` in one step, when all is on the disk."""
         weights = [weight.described() for weight in self.weights]
-        found = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "weights": weights}
+        has_side = any(weight.config != weight.config.without_side for weight in self.weights)
+        version = WITH_SIDE if has_side else VERSION
+        found = {"format": FORMAT, "version": version, **dataclasses.asdict(self), "weights": weights}
         text = json.dumps(found, indent=1)
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -3,7 +3,8 @@
 The weight is a module of its own, :class:`PackedMatrix`, in the place of the float parameter, so that tied layers can share it. In
 memory it has the layout that the kernel of its device reads, and no other. In a state dict it has the storage format
 (docs/format.md), on every device: ``fc.weight.planes``, ``fc.weight.scale``, ``fc.weight.offset``, ``fc.weight.global_scale``,
-``fc.weight.codebook`` and ``fc.weight.order``, of which the offset, the codebook and the order are there only where there are any.
+``fc.weight.codebook``, ``fc.weight.order``, and the parts of a side term (:mod:`kbit_inductor.side`), ``fc.weight.side_up`` and so
+on. The offset, the codebook, the order and the side term are there only where there are any.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kbit_inductor.lowering import ops
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import choose
 from kbit_inductor.packing import STORED, PackedWeight, plane_operands, specs_by_name
+from kbit_inductor.side import SIDE, Side, with_shift, with_term
 
 log = logger("pack")
 INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}  # of the same bytes, which no conversion casts
@@ -50,7 +52,7 @@ class PackedMatrix(nn.Module):
         self.columns = packed.columns
         self.group_size = packed.config.group_columns(packed.columns)
         self.error = packed.error
-        for name in ("tiled", *STORED):
+        for name in ("tiled", *STORED, *SIDE):
             self.register_buffer(name, None, persistent=False)
         # Without elements. It follows every to(), and so knows device and dtype.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=packed.operands[0].device), persistent=False)
@@ -77,7 +79,12 @@ class PackedMatrix(nn.Module):
         """The operands as they are in memory."""
         names = ("tiled",) if self.layout in TILED_LAYOUTS else STORED
         operands = tuple(tensor for name in names if (tensor := getattr(self, name)) is not None)
-        return PackedWeight(operands, self.config, self.columns, self.error, self.layout)
+        return PackedWeight(operands, self.config, self.columns, self.error, self.layout, side=self.side)
+
+    @property
+    def side(self) -> Side | None:
+        """What floats add to the product of the codes, in :attr:`dtype`."""
+        return Side.of({name: part for name in SIDE if (part := getattr(self, name)) is not None})
 
     def dequantize(self) -> Tensor:
         """The float weight ``[N, K]`` of :attr:`dtype` that the codes stand for."""
@@ -87,6 +94,7 @@ class PackedMatrix(nn.Module):
         """``x @ W.T + bias`` for ``x`` ``[..., K]``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        given, bias = x, with_shift(run, bias, self.side_shift)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         product: Tensor
@@ -96,6 +104,7 @@ class PackedMatrix(nn.Module):
         else:
             packed = (self.planes, self.scale, self.offset, self.global_scale)
             product = ops.overload("linear", self.suffix)(x, *packed, bias, *self._form, self.codebook)
+        product = with_term(run, product, given, self.side_down, self.side_columns, self.side_up)
         return product
 
     def embedding(self, indices: Tensor) -> Tensor:
@@ -145,6 +154,9 @@ class PackedMatrix(nn.Module):
         stored = (None,) * len(STORED) if tiled else plane_operands(packed.operands, self.config)
         for name, tensor in zip(STORED, stored, strict=True):
             setattr(self, name, tensor)
+        parts = {} if packed.side is None else packed.side.parts
+        for name in SIDE:
+            setattr(self, name, parts.get(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrix:
         like = fn(self.like)
@@ -153,6 +165,9 @@ class PackedMatrix(nn.Module):
         for name in ("tiled", *STORED, "order"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, _converted(tensor, fn))
+        for name in SIDE:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, fn(tensor))
         self.like = like
         self._hold(self.packed)
         return self
@@ -171,13 +186,14 @@ class PackedMatrix(nn.Module):
                 known = self.packed.laid_out("planes").operands
                 self.__dict__["_made"] = weakref.ref(held), tuple(map(weakref.ref, known))
             operands = known
-        named = zip((*STORED, "order"), (*plane_operands(operands, self.config), self.order), strict=True)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        named = dict(zip(STORED, plane_operands(operands, self.config), strict=True))
+        named |= {name: getattr(self, name) for name in (*SIDE, "order")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each of :meth:`stored`."""
-        return specs_by_name(self.rows, self.columns, self.config, reordered=self.order is not None)
+        return specs_by_name(self.rows, self.columns, self.config, self.dtype, reordered=self.order is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_made"}
@@ -202,7 +218,13 @@ class PackedMatrix(nn.Module):
         if given.keys() == specs.keys() and not wrong:
             copies = {name: given[name].detach().to(self.device, copy=True) for name in specs}
             self.order = copies.pop("order", None)
-            self._hold(PackedWeight(tuple(copies.values()), self.config, self.columns, self.error))
+            side = Side.of({name: copies.pop(name) for name in SIDE if name in copies})
+            self._hold(PackedWeight(tuple(copies.values()), self.config, self.columns, self.error, side=side))
+
+
+def run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``."""
+    return function(*arguments)
 
 
 def _converted(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

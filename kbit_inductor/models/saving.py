@@ -33,6 +33,7 @@ from kbit_inductor.packing import PackedWeight
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import Levels
 from kbit_inductor.release import MEND, Trimmer, is_released, trim_heap
+from kbit_inductor.side import SIDE, Side
 
 SHARD_BYTES = 256 << 20
 
@@ -203,11 +204,15 @@ def packed_matrix(weight: StoredWeight, operands: Mapping[str, Tensor], device: 
     levels = Levels(config.bits, config.levels()).table(torch.device("cpu"))
     if levels is not None and not torch.equal(operands["codebook"].cpu(), levels):
         raise CorruptModelError(f"{first}.weight.codebook is not the codebook {config.codebook!r}; save the model again")
+    columns = operands.get("side_columns")
+    if columns is not None and not bool(((columns >= 0) & (columns < weight.columns)).all()):
+        raise CorruptModelError(f"{first}.weight.side_columns is not among {weight.columns} columns; save the model again")
     order = operands.get("order")
     if order is not None and not torch.equal(order.cpu().sort().values, torch.arange(weight.columns, dtype=torch.int32)):
         raise CorruptModelError(f"{first}.weight.order is no order of {weight.columns} columns; save the model again")
-    kept = tuple(tensor.to(device) for name, tensor in operands.items() if name != "order")
-    packed = PackedWeight(kept, config, weight.columns, weight.error)
+    kept = {name: tensor.to(device) for name, tensor in operands.items() if name != "order"}
+    side = Side.of({name: kept.pop(name) for name in SIDE if name in kept})
+    packed = PackedWeight(tuple(kept.values()), config, weight.columns, weight.error, side=side)
     return PackedMatrix(packed, weight.rows, DTYPES[weight.dtype], None if order is None else order.to(device))
 
 

@@ -15,11 +15,12 @@ from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.ends import ends_of_model
 from kbit_inductor.logs import logger
-from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of
+from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of, run
 from kbit_inductor.overrides import check_names
 from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
 from kbit_inductor.progress import Progress
 from kbit_inductor.release import Trimmer, trim_heap
+from kbit_inductor.side import with_shift
 
 log = logger("pack")
 
@@ -108,7 +109,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         if matrix not in floats:
             floats[matrix] = nn.Parameter(matrix.dequantize())
         if place.module not in made:
-            made[place.module] = _float_module(place.module, floats[matrix])
+            made[place.module] = _float_module(place.module, floats[matrix], matrix)
         place.put(made[place.module])
     return model
 
@@ -137,6 +138,9 @@ def _to_swap(model: nn.Module, config: Config) -> Iterator[tuple[Tensor, LayerCo
         reason = "skipped by the option 'skip'" if layer is None else _stays(weight, together, holders[weight], config)
         if layer is None or reason:
             log.info("%s stays in float: %s", together[0].name, reason)
+        elif layer != layer.without_side and any(isinstance(place.module, nn.Embedding) for place in together):
+            log.info("%s has no floats beside its codes: it is looked up", together[0].name)
+            yield weight, layer.without_side, together
         else:
             yield weight, layer, together
 
@@ -201,12 +205,15 @@ def packed_module(module: nn.Module, matrix: PackedMatrix) -> nn.Module:
     return PackedLinear(matrix, module._parameters["bias"])
 
 
-def _float_module(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+def _float_module(module: nn.Module, weight: nn.Parameter, matrix: PackedMatrix) -> nn.Module:
     made: nn.Linear | nn.Embedding
     if isinstance(module, nn.Embedding):
         made = nn.Embedding(weight.size(0), weight.size(1), padding_idx=module.padding_idx, device="meta")
     else:
         made = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
-        made.register_parameter("bias", module._parameters["bias"])
+        bias, side = module._parameters["bias"], matrix.side
+        if side is not None and side.shift is not None:
+            bias = nn.Parameter(with_shift(run, bias, side.shift), requires_grad=bias is not None and bias.requires_grad)
+        made.register_parameter("bias", bias)
     made.weight = weight
     return made

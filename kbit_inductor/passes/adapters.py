@@ -12,8 +12,8 @@ from torch import fx
 
 from kbit_inductor.capture import Context, Memory
 from kbit_inductor.kernels.layout import MAX_BITS
-from kbit_inductor.passes.patterns import ADD, MULTIPLY, value_of
-from kbit_inductor.passes.products import LINEARS, linear_operands
+from kbit_inductor.passes.patterns import ADD, LINEARS, MULTIPLY, value_of
+from kbit_inductor.passes.products import linear_operands
 
 
 def widen_adapters(context: Context) -> None:

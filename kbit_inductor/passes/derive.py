@@ -17,8 +17,8 @@ from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligibl
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.derivation import Derivation
 from kbit_inductor.given_grid import GivenGrid
-from kbit_inductor.passes.patterns import is_constant
-from kbit_inductor.passes.products import LINEARS, rule_of
+from kbit_inductor.passes.patterns import LINEARS, is_constant
+from kbit_inductor.passes.products import rule_of
 from kbit_inductor.passes.scheme import grid_of
 from kbit_inductor.views import Strides, WeightView
 

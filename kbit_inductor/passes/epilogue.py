@@ -18,7 +18,18 @@ import torch
 from torch import fx
 
 from kbit_inductor.capture import VALUE, Context
-from kbit_inductor.passes.patterns import ADD, MULTIPLY, activation_of, alike, erase_dead, is_constant, rms_norm, value_of
+from kbit_inductor.passes.patterns import (
+    ADD,
+    MULTIPLY,
+    activation_of,
+    alike,
+    erase_dead,
+    hoisted_bias,
+    is_constant,
+    is_float_product,
+    rms_norm,
+    value_of,
+)
 
 LINEAR = torch.ops.kbit.linear_triton.default
 FUSED = torch.ops.kbit.fused_linear_triton.default
@@ -161,7 +172,7 @@ def _siblings(context: Context) -> None:
     families: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in context.graph.find_nodes(op="call_function", target=LINEAR):
         call = Call.of(node)
-        if call is not None and all(bias.op == "placeholder" for bias in call.arguments["bias"]):
+        if call is not None and all(hoisted_bias(context.graph, bias) for bias in call.arguments["bias"]):
             families.setdefault(call.kind(), []).append(node)
     for nodes in families.values():
         for first in range(0, len(nodes), MOST_MATRICES):
@@ -196,6 +207,8 @@ def _norm(context: Context, node: fx.Node) -> None:
     call = Call.of(node)
     if call is None or call.arguments["activation_bits"] == NOT_ROUNDED or not call.lacks("norm_weight"):
         return
+    if is_float_product(call.arguments["residual"]):
+        return  # which reads the norm too, so it must be there
     normed = call.arguments["x"]
     found = rms_norm(normed, halves=True)
     if found is None:

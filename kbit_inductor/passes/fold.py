@@ -22,8 +22,7 @@ from torch.nn import functional
 
 from kbit_inductor.capture import Context, GraphWeight
 from kbit_inductor.passes.derive import ancestors, constant_nodes
-from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, MULTIPLY, is_constant, value_of
-from kbit_inductor.passes.products import LINEARS
+from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, LINEARS, MULTIPLY, is_constant, value_of
 from kbit_inductor.passes.values import infer_values
 
 CONVOLUTIONS: dict[Any, int] = {

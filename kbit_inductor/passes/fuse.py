@@ -24,7 +24,9 @@ from kbit_inductor.passes.patterns import (
     alike,
     attention_arguments,
     erase_dead,
+    hoisted_bias,
     is_constant,
+    is_float_product,
     rms_norm,
     unsliced,
 )
@@ -73,6 +75,11 @@ def fuse(context: Context) -> None:
         return
     fusion = _Fusion(context)
     fusion.begin(products)
+    for node in context.graph.find_nodes(op="call_function", target=FUSED):
+        hoisted_bias(context.graph, node.args[4][0])  # a corrected one, which would stand between products
+    for node in list(context.graph.nodes):
+        if any(is_float_product(operand) for operand in node.all_input_nodes):
+            fusion.residual(node)  # a side term, with which a product cannot be merged
     fusion.merge_siblings()
     for node in list(context.graph.nodes):
         fusion.gate(node)
@@ -119,7 +126,7 @@ class _Fusion:
         families: dict[Any, list[fx.Node]] = {}
         for node in self.graph.find_nodes(op="call_function", target=FUSED):
             call = Call.of(node)
-            if call is not None and all(bias is None or (bias.op == "placeholder" and is_constant(bias)) for bias in call.biases):
+            if call is not None and call.plain and all(hoisted_bias(self.graph, bias) for bias in call.biases):
                 group_size = self.group_sizes[call.weights[0]]
                 families.setdefault((call.x, call.activation_bits, group_size, node.meta[VALUE].dtype), []).append(node)
         for nodes in families.values():
@@ -225,8 +232,8 @@ class _Fusion:
     # linear(norm_weight * (x * rsqrt(mean(x ** 2) + eps)))
     def norm(self, node: fx.Node) -> None:
         call = Call.of(node)
-        if call is None or call.norm_weight is not None:
-            return
+        if call is None or call.norm_weight is not None or is_float_product(call.residual):
+            return  # the float product reads the norm too, so it must be there
         found = rms_norm(unsliced(call.x))
         if found is None:
             return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,8 @@ from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.lowering.registry import Choice, choose
 from kbit_inductor.lowering.requirements import fp8_problem
 from kbit_inductor.packing import operand_specs, plane_operands
+from kbit_inductor.passes.values import call_fake
+from kbit_inductor.side import Side, side_specs, with_shift, with_term
 from kbit_inductor.store import Form, Slot, form
 
 aten = torch.ops.aten
@@ -25,7 +28,7 @@ aten = torch.ops.aten
 
 def lower_marks(context: Context) -> None:
     """Replace every mark by the operator of its kernel. Equal views of one weight share a packed weight."""
-    inputs: dict[tuple[int, Form], list[fx.Node]] = {}
+    inputs: dict[tuple[int, Form], Inputs] = {}
     for use in context.uses:
         choice = _choose(context, use)
         use.m = _rows_of_x(use)
@@ -40,6 +43,13 @@ def lower_marks(context: Context) -> None:
         context.choices.append((use, choice))
 
 
+class Inputs(NamedTuple):
+    """The placeholders of a packed weight: of its operands, and of its side term."""
+
+    operands: list[fx.Node]
+    side: Side | None
+
+
 def _config(use: Use) -> LayerConfig:
     if use.weight.config is None:
         raise LookupError(f"{use.weight.name} was matched although it stays in float")
@@ -47,8 +57,11 @@ def _config(use: Use) -> LayerConfig:
 
 
 def _stored(context: Context, use: Use, choice: Choice) -> LayerConfig:
-    """How the weight is stored: only the CPU's kernel of one matrix reads a cascade."""
+    """How the weight is stored: only the CPU's kernel of one matrix reads a cascade, and only a product of one has a side term."""
     config = _config(use).storage()
+    if use.family != "linear" and config != config.without_side:
+        context.explain(use.weight, "no floats beside its codes: it is " + ("looked up" if use.batch is None else "a batch"))
+        config = config.without_side
     if not config.cascade or (choice.kernel.layout == "tiled" and use.batch is None):
         return config
     context.explain(
@@ -105,12 +118,18 @@ def _rows_of_x(use: Use) -> int | torch.SymInt | None:
     return math.prod(value.shape if use.family == "embedding" else value.shape[:-1])
 
 
-def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
-    """New placeholders, after all others, for the operands of a packed weight."""
-    weight, calibration = use.weight, context.config.calibration
+def _add_inputs(context: Context, use: Use, packed_form: Form) -> Inputs:
+    """New placeholders, after all others, for a packed weight."""
+    weight, calibration, config = use.weight, context.config.calibration, packed_form.config
     context.slots.append(Slot(weight.argument, weight.name, packed_form, calibration=calibration, derivation=weight.derivation))
+    operands = operand_specs(use.rows, use.columns, config, packed_form.layout, use.batch)
+    side = side_specs(use.rows, use.columns, config, use.weight.value.dtype)
+    nodes = _placeholders(context, use, [*operands, *side.values()])
+    return Inputs(nodes[: len(operands)], Side.of(dict(zip(side, nodes[len(operands) :], strict=True))))
+
+
+def _placeholders(context: Context, use: Use, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[fx.Node]:
     nodes = []
-    specs = operand_specs(use.rows, use.columns, packed_form.config, packed_form.layout, use.batch)
     for position, (shape, dtype) in enumerate(specs):
         with context.fake_mode():
             value = torch.empty(shape, dtype=dtype, device=use.weight.value.device)
@@ -123,22 +142,45 @@ def _add_inputs(context: Context, use: Use, packed_form: Form) -> list[fx.Node]:
     return nodes
 
 
-def _replace(context: Context, use: Use, choice: Choice, operands: list[fx.Node]) -> None:
+def _replace(context: Context, use: Use, choice: Choice, inputs: Inputs) -> None:
     dtype: Any = use.node.args[-1]
+    operands, side, call = inputs.operands, inputs.side or Side(), _caller(context, use)
     with context.graph.inserting_before(use.node):
         if use.family == "linear":
-            x, _, bias, _ = use.node.args
-            arguments = _linear_arguments(use, choice, _cast(context, x, dtype), operands, bias)
+            given, _, bias, _ = use.node.args
+            x = _cast(context, given, dtype)
+            bias = with_shift(call, bias, side.shift)
+            arguments = _linear_arguments(use, choice, x, operands, bias)
         elif use.batch is not None:
             x, _, where, _ = use.node.args
             arguments = _batch_arguments(use, choice, _cast(context, x, dtype), operands, where)
         else:
             arguments = _embedding_arguments(use, choice, operands, dtype)
         created = context.graph.call_function(choice.overload(use.family), arguments)
-    created.meta = dict(use.node.meta)
-    use.node.replace_all_uses_with(created)
+        created.meta = dict(use.node.meta)
+        whole = created if side.up is None else with_term(call, created, x, *_multiplied(context, side, dtype))
+    use.node.replace_all_uses_with(whole)
     context.graph.erase_node(use.node)
     use.node = created
+
+
+def _caller(context: Context, use: Use) -> Callable[..., fx.Node]:
+    """Adds a call to the graph, with what is known of the matched node, and a fake value where its operands have theirs."""
+
+    def call(target: Callable[..., Any], *arguments: Any) -> fx.Node:
+        node = context.graph.call_function(target, arguments)
+        node.meta = {key: value for key, value in use.node.meta.items() if key != VALUE}
+        if all(VALUE in operand.meta for operand in node.all_input_nodes):
+            node.meta[VALUE] = call_fake(context, node)
+        return node
+
+    return call
+
+
+def _multiplied(context: Context, side: Side, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """What x is multiplied by, its matrices in ``dtype``."""
+    down, up = (None if part is None else _cast(context, part, dtype) for part in (side.down, side.up))
+    return down, side.columns, up
 
 
 def _linear_arguments(use: Use, choice: Choice, x: Any, operands: list[fx.Node], bias: Any) -> tuple[Any, ...]:
@@ -178,4 +220,7 @@ def _cast(context: Context, x: Any, dtype: torch.dtype) -> Any:
     value = x.meta.get(VALUE)
     if isinstance(value, Tensor) and value.dtype == dtype:
         return x
-    return context.graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+    node = context.graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+    if isinstance(value, Tensor):
+        node.meta[VALUE] = call_fake(context, node)
+    return node

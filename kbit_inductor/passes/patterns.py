@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "sigmoid": (torch.sigmoid, functional.sigmoid, "sigmoid", aten.sigmoid.default),
     "tanh": (torch.tanh, functional.tanh, "tanh", aten.tanh.default),
 }
+LINEARS = (functional.linear, aten.linear.default)
 GELU = (functional.gelu, aten.gelu.default)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,6 +84,11 @@ def alike(a: Any, b: Any) -> bool:
     return x.dtype == y.dtype and x.device == y.device and x.dim() == y.dim() and all(map(_same, x.shape, y.shape))
 
 
+def is_float_product(node: Any) -> bool:
+    """Whether ``node`` multiplies by a matrix in float: once weights are packed, a side term, or a layer that was left."""
+    return isinstance(node, fx.Node) and node.target in LINEARS
+
+
 def is_constant(node: Any) -> bool:
     """Whether ``node`` is a tensor that nothing in the graph writes to: a call that reads it may then move.
 
@@ -91,6 +97,17 @@ def is_constant(node: Any) -> bool:
     """
     value = value_of(node)
     return value is not None and value._version == 0
+
+
+def hoisted_bias(graph: fx.Graph, bias: Any) -> bool:
+    """Whether ``bias`` is there before all products: none, an input, or a sum of inputs, which is moved to where they end."""
+    if bias is None or bias.op == "placeholder":
+        return bias is None or is_constant(bias)
+    operands = bias.all_input_nodes
+    if bias.target not in ADD or not all(each.op == "placeholder" and is_constant(each) for each in operands):
+        return False
+    graph.find_nodes(op="placeholder")[-1].append(bias)
+    return is_constant(bias)
 
 
 def _same(a: Any, b: Any) -> bool:

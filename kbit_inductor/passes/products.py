@@ -16,6 +16,7 @@ from kbit_inductor._compat import OpOverload
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.passes.bags import embedding_bag
 from kbit_inductor.passes.convolutions import convolution
+from kbit_inductor.passes.patterns import LINEARS
 from kbit_inductor.passes.rewriter import (
     Batch,
     Rewriter,
@@ -26,7 +27,6 @@ from kbit_inductor.passes.rewriter import (
 from kbit_inductor.views import Strides, first_matrix, transposed
 
 aten = torch.ops.aten
-LINEARS = (functional.linear, aten.linear.default)
 EMBEDDINGS = (functional.embedding, functional.embedding_bag)
 
 

@@ -60,11 +60,16 @@ def learned_or_gptq(name: str, weight: Tensor, format: Format, statistics: Stati
 
 def error_of(weight: Tensor, quantized: Quantized, format: Format) -> float:
     """Squared error over squared norm."""
-    group = torch.arange(weight.size(1), device=weight.device) // format.group_size
-    table = format.levels.table(weight.device)
+    values = weight.float() / quantized.global_scale
+    lost = (on_grid(quantized, format) - values).square().sum(dtype=torch.float64)
+    return ratio(float(lost), float(values.square().sum(dtype=torch.float64)))
+
+
+def on_grid(quantized: Quantized, format: Format) -> Tensor:
+    """What the codes stand for, float32 ``[N, K]``, before the global scale."""
+    group = torch.arange(quantized.codes.size(1), device=quantized.codes.device) // format.group_size
+    table = format.levels.table(quantized.codes.device)
     levels = quantized.codes.float() if table is None else table.float()[quantized.codes.int()]
     scale = quantized.scale.float()[:, group]
     base = -scale * format.levels.midpoint if quantized.offset is None else quantized.offset.float()[:, group]
-    values = weight.float() / quantized.global_scale
-    lost = (torch.addcmul(base, levels, scale) - values).square().sum(dtype=torch.float64)
-    return ratio(float(lost), float(values.square().sum(dtype=torch.float64)))
+    return torch.addcmul(base, levels, scale)

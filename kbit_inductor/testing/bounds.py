@@ -50,7 +50,7 @@ class Grid:
         step = scale.double()[:, group].abs()
         zero = step * 2.0 ** (8 if codebook is not None else packed.config.bits) if offset is None else offset.double()[:, group]
         magnitude = (values * step + zero.abs()) * global_scale.double()
-        return cls(packed.dequantize(torch.float64), magnitude, group_size)
+        return cls(packed.coded.dequantize(torch.float64), magnitude, group_size)
 
 
 def product(x: Tensor, grid: Grid, bias: Tensor | None, activation_bits: int | None) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def _check_nodes(graph: Rewritten, packed: Sequence[PackedWeight], config: Confi
         )
         graph.graph.recompile()
         try:
-            Checking(graph.graph, grids).run(*kept, *(operand for one in packed for operand in one.operands))
+            Checking(graph.graph, grids).run(*kept, *(operand for one in packed for operand in one.inputs))
         except NodeError as error:
             raise AssertionError(f"{error} ({_layers(graph, error.node)}){_again(config)}") from None
 
@@ -134,8 +134,8 @@ def _check_compiled(
 
         def run(*arguments: Any) -> Any:
             packed = STORE.packed(arguments, context.slots)
-            dense = {id(one.operands[0]): one.dequantize(torch.float64) for one in packed}
-            operands = (operand for one in packed for operand in one.operands)
+            dense = {id(one.operands[0]): one.coded.dequantize(torch.float64) for one in packed}
+            operands = (widen(operand) for one in packed for operand in one.inputs)
             return Exact(rewritten, dense).run(*(widen(arguments[i]) for i in kept), *operands)
 
         return run

@@ -24,7 +24,7 @@ def block_type(packed: PackedWeight) -> str | None:
     """The type that holds ``packed``, in the layout "planes", exactly; None where none does."""
     config, columns = packed.config, packed.columns
     group_size = config.group_columns(columns)
-    if columns % BLOCK or (group_size % BLOCK and group_size != columns) or not columns:
+    if packed.side is not None or columns % BLOCK or (group_size % BLOCK and group_size != columns) or not columns:
         return None
     present = [numbers for numbers in _grid(packed) if numbers is not None]
     exact = all(torch.equal(numbers.half().double(), numbers) for numbers in present)

@@ -92,7 +92,7 @@ def _tensors(model: nn.Module, names: Mapping[str, str]) -> list[Outgoing]:
     if misfits := [name.removesuffix(".weight") for name, kind in kinds.items() if kind is None]:
         raise UnsavableModelError(
             f"no type of GGUF holds these layers exactly: {', '.join(alike.names(misfits))}; pack them with a group_size "
-            "that 32 divides, and symmetric=True or 5 bits or fewer (end_bits is the least of tables and heads)"
+            "that 32 divides, and symmetric=True or 5 bits or fewer (end_bits is the least of tables and heads), and no side term"
         )
     del packed
     floats = dict(model.named_parameters())

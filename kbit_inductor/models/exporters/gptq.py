@@ -55,7 +55,7 @@ def to_gptq(model: nn.Module, folder: str | Path) -> None:
     if misfits := [name for name, matrix in layers.items() if not _fits(model.get_submodule(name), matrix, common)]:
         raise UnsavableModelError(
             f"GPTQ's format does not hold these layers exactly: {', '.join(alike.names(misfits))}; pack linear layers alike, with "
-            f"symmetric=True, bits of {BITS}, rows and columns that {FIELDS} divides, no codebook, and skip= the rest"
+            f"symmetric=True, bits of {BITS}, rows and columns that {FIELDS} divides, no codebook, no side term, and skip= the rest"
         )
     tensors = dict(_floats(model))
     for name, matrix in layers.items():
@@ -74,6 +74,7 @@ def _fits(module: nn.Module, matrix: PackedMatrix, common: tuple[int, int]) -> b
     scale = _scale(matrix)
     return (
         not isinstance(module, PackedEmbedding)
+        and matrix.side is None
         and config.symmetric
         and config.levels() is None
         and config.bits in BITS
