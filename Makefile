@@ -70,7 +70,7 @@ test: compiler $(VENV)/.installed  ## run the tests
 	@echo "== tests"
 	@$(PYTEST)
 
-test-export: compiler $(VENV)/.installed  ## run the tests that compile a package and the example in C++ (needs cmake)
+test-export: compiler $(VENV)/.installed  ## run the tests that compile a package and the example in C++
 	@echo "== tests of exported packages"
 	@KBIT_TEST_EXPORT=1 $(BIN)/python -m pytest tests/test_export.py
 

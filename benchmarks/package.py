@@ -8,8 +8,11 @@ tables of docs/deploy.md. The weights are those of the GGUF file, code by code. 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import subprocess
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from measure import cpu_name, timed
 from rich.console import Console
 
 import kbit_inductor as kbit
+from kbit_inductor.kernels.cpu import build as cpu
 from kbit_inductor.models.surgery import packed_matrices
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +34,7 @@ PROMPT = "Gravity is"
 NEW_TOKENS = 16
 LENGTHS = (1, 16, 128)  # tokens of a call that is timed
 REPEATS = 15
+CMAKE = shutil.which("cmake", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))) or "cmake"
 
 
 @torch.no_grad()
@@ -45,7 +50,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         tokens, memory = run(build(folder / "build"), package, ids[0].tolist())
         times = milliseconds(model, package)
-        sizes = {"package": package.stat().st_size, "kernels": (folder / "libkbit.so").stat().st_size}
+        sizes = {"package": package.stat().st_size, "kernels": cpu.build().stat().st_size}
     for _ in range(NEW_TOKENS):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
     results = {
@@ -120,14 +125,14 @@ def milliseconds(model: Any, package: Path) -> dict[str, dict[str, float]]:
 def build(folder: Path) -> Path:
     """The example in C++."""
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    subprocess.run(["cmake", "-S", HERE.parent / "examples" / "cpp", "-B", folder, prefix], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", folder], check=True, capture_output=True)
+    subprocess.run([CMAKE, "-S", HERE.parent / "examples" / "cpp", "-B", folder, prefix], check=True, capture_output=True)
+    subprocess.run([CMAKE, "--build", folder], check=True, capture_output=True)
     return folder / "generate"
 
 
 def run(program: Path, package: Path, ids: list[int]) -> tuple[list[int], dict[str, int]]:
     """Tokens, and the program's memory in bytes by the names of /proc/self/status."""
-    command = [program, package.parent / "libkbit.so", package, str(NEW_TOKENS), *map(str, ids)]
+    command = [program, package, str(NEW_TOKENS), *map(str, ids)]
     tokens, memory = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     fields = memory.replace(" kB", "").split()
     return list(map(int, tokens.split())), {field.split(":")[0]: 1024 * int(field.split(":")[1]) for field in fields}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -97,11 +99,21 @@ def scoped_library(namespace: str, kind: str) -> contextlib.AbstractContextManag
     return cast("contextlib.AbstractContextManager[torch.library.Library]", torch.library._scoped_library(namespace, kind))
 
 
-def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Compile ``program`` by AOTInductor to the package ``path``, which ends with ``.pt2``."""
+def compile_package(program: torch.export.ExportedProgram, path: Path, library: Path) -> None:
+    """Compile ``program`` by AOTInductor to the package ``path``, which ends with ``.pt2``, and put the shared ``library`` into it.
+
+    The model's code is linked to it and finds it beside itself, where the package is unpacked. The library must not be named
+    ``*.so``, which is how the loader of packages knows the model's code.
+    """
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(program, package_path=str(path))
+    # What follows -l. Nothing in the code calls the library by name, and linkers that keep only what is called are told to keep it.
+    link = f"c -Wl,--push-state,--no-as-needed -l:{library.name} -Wl,--pop-state -L{shlex.quote(str(library.parent))}"
+    configs = {"aot_inductor.custom_op_libs": [f"{link} -Wl,-rpath,$ORIGIN"]}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    with zipfile.ZipFile(path, "a") as archive:
+        (code,) = (name for name in archive.namelist() if name.endswith(".so"))
+        archive.write(library, PurePosixPath(code).with_name(library.name))
 
 
 def cache_tag(tag: str) -> contextlib.AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -91,7 +92,7 @@ def test_the_stamp_follows_sources_flags_and_torch_but_not_the_name_of_the_compi
 def cache(monkeypatch, tmp_path) -> Path:
     """An empty cache, and one source that compiles in no time in place of ours."""
     source = tmp_path / "tiny.cpp"
-    source.write_text("int answer() { return 42; }")
+    source.write_text(f"int answer() {{ return 42; }}  // {tmp_path.name}: once loaded, a library stays")
     monkeypatch.setattr(compiler, "sources", lambda: [source])
     monkeypatch.setattr(build, "wheel_dir", lambda: tmp_path / "wheel")
     monkeypatch.setenv("KBIT_CACHE_DIR", str(tmp_path / "cache"))
@@ -158,6 +159,14 @@ def test_a_library_that_does_not_load_when_new_is_an_error(cache, monkeypatch):
     monkeypatch.setattr(torch.ops, "load_library", refuse)
     with pytest.raises(compiler.CpuBuildError, match="wrong ELF class"):
         build._load_once.__wrapped__()
+
+
+def test_a_library_that_a_package_has_brought_is_not_loaded_again(cache, monkeypatch, tmp_path):
+    brought = build.build().rename(tmp_path / "any name")
+    ctypes.CDLL(str(brought))
+    brought.unlink()
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    build._load_once.__wrapped__()
 
 
 def test_a_cached_library_needs_no_compiler_and_writes_nothing(cache, monkeypatch):

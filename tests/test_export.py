@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 import kbit_inductor as kbit
 from kbit_inductor.debug.inspector import WORSE
+from kbit_inductor.kernels.cpu import build
 from kbit_inductor.lowering import cpu
 from kbit_inductor.models import package as exporting
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.testing import relative_error
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cpp"
+CMAKE = shutil.which("cmake", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))) or "cmake"
 SIZES = ((2, 5), (1, 1), (3, 17))
 compiles = pytest.mark.skipif("KBIT_TEST_EXPORT" not in os.environ, reason="compiles a package or a program: make test-export")
 
@@ -60,14 +63,15 @@ def package(packed: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_program_that_is_compiled(packed: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.export.ExportedProgram] = []
 
-    def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
+    def compile_package(program: torch.export.ExportedProgram, path: Path, library: Path) -> None:
         seen.append(program)
+        assert library.read_bytes() == build.build().read_bytes()
         path.write_bytes(b"new")
 
     monkeypatch.setattr(exporting, "compile_package", compile_package)
     (tmp_path / "model.pt2").write_bytes(b"old")
     assert kbit.export(packed, {"ids": torch.randint(0, 100, (2, 6))}, tmp_path / "model.pt2").read_bytes() == b"new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["libkbit.so", "model.pt2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2"]
     (program,) = seen
     assert not program.graph.find_nodes(op="call_function", target=torch.ops.kbit.tiled_linear_cpu.default)
     for size in SIZES[::2]:
@@ -113,42 +117,65 @@ def test_a_package_holds_each_packed_weight_once_and_no_floats_of_it(packed: nn.
     for matrix in packed_matrices(packed):
         assert content.count(matrix.tiled.numpy().tobytes()) == 1  # that of the tied head too
         assert matrix.dequantize()[:2].numpy().tobytes() not in content
-    assert sorted(path.name for path in package.parent.iterdir()) == ["libkbit.so", "model.pt2"]
+    assert [path.name for path in package.parent.iterdir()] == ["model.pt2"]
 
 
 WITHOUT_US = """
 import sys, torch
 from torch._inductor import aoti_load_package
-torch.ops.load_library(sys.argv[1])
-loaded = aoti_load_package(sys.argv[2])
-torch.save([loaded(ids) for ids in torch.load(sys.argv[3])], sys.argv[4])
+loaded = aoti_load_package(sys.argv[1])
+torch.save([loaded(ids) for ids in torch.load(sys.argv[2])], sys.argv[3])
 assert not any(name.startswith("kbit") for name in sys.modules)
-for name in sys.argv[5:]:
+for name in sys.argv[4:]:
     print(getattr(torch.ops.kbit, name).default._schema)
 """
 
 
 @compiles
 @pytest.mark.rounded_activations  # as the model that was packed before
-def test_a_process_needs_the_library_and_nothing_of_this_package(packed: nn.Module, package: Path, tmp_path: Path) -> None:
+def test_a_process_needs_the_package_alone(packed: nn.Module, package: Path, tmp_path: Path) -> None:
     texts = [torch.randint(0, 100, size) for size in SIZES]
     torch.save(texts, tmp_path / "texts")
     names = ("linear_cpu", "embedding_cpu")
-    arguments = [package.parent / "libkbit.so", package, tmp_path / "texts", tmp_path / "found", *names]
+    arguments = [package, tmp_path / "texts", tmp_path / "found", *names]
     done = subprocess.run([sys.executable, "-c", WITHOUT_US, *map(str, arguments)], check=True, capture_output=True, text=True)
     for ids, found in zip(texts, torch.load(tmp_path / "found"), strict=True):
         assert relative_error(found, packed(ids)) < 1e-6
     assert done.stdout.split("\n")[:-1] == [f"kbit::{name}{cpu.SCHEMAS[name]}" for name in names]
 
 
+SHARED = """
+import sys, torch
+from torch._inductor import aoti_load_package
+for step in sys.argv[1].split():
+    if step == "package":
+        loaded = aoti_load_package(sys.argv[2])
+        loaded(torch.ones(1, 3, dtype=torch.int64))
+    elif step == "import":
+        from kbit_inductor.lowering import registry
+        assert registry.cpu_library_problem() is None
+        weight = torch.ops.kbit.empty_tiled_cpu(64, 64, torch.ones(1), 4, 32, True)  # the library frees its memory
+    elif step == "close":
+        del loaded
+torch.ops.kbit.linear_cpu(torch.ones(1, 64), weight, None, 64, 16)
+files = {line.split()[5] for line in open("/proc/self/maps") if "/libkbit.so." in line or "/kbit_cpu-" in line}
+assert len(files) == 1, files
+"""
+
+
 @compiles
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.parametrize("steps", ["package close import package", "import package package close"])
+def test_packages_and_this_package_share_one_library(package: Path, steps: str) -> None:
+    subprocess.run([sys.executable, "-c", SHARED, steps, package], check=True)
+
+
+@compiles
 def test_the_example_in_cpp_writes_the_models_tokens(packed: nn.Module, package: Path, tmp_path: Path) -> None:
     assert len((EXAMPLE / "generate.cpp").read_text().splitlines()) < 60
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    subprocess.run(["cmake", "-S", EXAMPLE, "-B", tmp_path, prefix], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)
-    command = [tmp_path / "generate", package.parent / "libkbit.so", package, "6", "3", "14", "15"]
+    subprocess.run([CMAKE, "-S", EXAMPLE, "-B", tmp_path, prefix], check=True, capture_output=True)
+    subprocess.run([CMAKE, "--build", tmp_path], check=True, capture_output=True)
+    command = [tmp_path / "generate", package, "6", "3", "14", "15"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     ids = torch.tensor([[3, 14, 15]])
     for _ in range(6):

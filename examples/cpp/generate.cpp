@@ -1,7 +1,7 @@
 // Continues token ids with a model that kbit_inductor.export has written, without Python. The most likely token is taken each time,
 // and the whole text is read again for it: the package holds the model's call, not a cache of keys and values.
 //
-//   generate FOLDER/libkbit.so FOLDER/model.pt2 COUNT ID...
+//   generate model.pt2 COUNT ID...
 //
 // writes the COUNT new ids on one line, then a line of what memory the process holds.
 
@@ -10,8 +10,6 @@
 #include <iostream>
 #include <string>
 #include <vector>
-
-#include <dlfcn.h>
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
@@ -33,19 +31,15 @@ void print_memory() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count < 5) {
-    std::cerr << "usage: generate LIBRARY PACKAGE COUNT ID..." << std::endl;
+  if (count < 4) {
+    std::cerr << "usage: generate PACKAGE COUNT ID..." << std::endl;
     return 2;
   }
-  if (!dlopen(arguments[1], RTLD_NOW | RTLD_GLOBAL)) {  // the kernels register themselves
-    std::cerr << dlerror() << std::endl;
-    return 1;
-  }
   const c10::InferenceMode inference;
-  torch::inductor::AOTIModelPackageLoader model(arguments[2]);
+  torch::inductor::AOTIModelPackageLoader model(arguments[1]);
   std::vector<int64_t> ids;
-  for (int i = 4; i < count; ++i) ids.push_back(std::atoll(arguments[i]));
-  for (int step = 0; step < std::atoi(arguments[3]); ++step) {
+  for (int i = 3; i < count; ++i) ids.push_back(std::atoll(arguments[i]));
+  for (int step = 0; step < std::atoi(arguments[2]); ++step) {
     const at::Tensor text = at::tensor(ids, at::kLong).unsqueeze(0);
     const at::Tensor logits = model.run({text})[0];  // [1, tokens, vocabulary]
     ids.push_back(logits.select(1, -1).argmax().item<int64_t>());

@@ -1,7 +1,7 @@
-"""A packed model as a file that runs without Python: torch.export, then AOTInductor, with the kernels' library beside it.
+"""A packed model as one file that runs without Python: torch.export, then AOTInductor, with the kernels' library in the package.
 
-The kernels are the operators ``kbit::fused_linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. Whoever runs
-the package loads their library first; it needs nothing but torch.
+The kernels are the operators ``kbit::fused_linear_cpu`` and ``kbit::embedding_cpu``, which AOTInductor calls by name. The model's
+code is linked to their library, so the dynamic linker loads it first, once for all packages of a process.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from kbit_inductor.errors import (
     UncapturableModelError,
     UnexportableModelError,
 )
-from kbit_inductor.kernels.cpu import build
+from kbit_inductor.kernels.cpu import build, compiler
 from kbit_inductor.logs import logger
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.passes.fuse import fuse
 
 log = logger("passes")
-LIBRARY = "libkbit.so"
 SUFFIX = "_cpu"  # of the operators that are C++ altogether
 
 
 @torch.no_grad()
 def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any], path: str | Path, *, dynamic: Any = None) -> Path:
-    """Compile ``model`` to the package ``path`` for AOTInductor, and put the library of the kernels beside it, as ``libkbit.so``.
+    """Compile ``model`` to the package ``path`` for AOTInductor.
 
-    The package holds the packed weights as they are in memory and no floats of them. It runs where this version of torch and the
-    library are: in C++ by ``AOTIModelPackageLoader``, in Python by ``torch._inductor.aoti_load_package``. Inductor compiles what is
-    around the products for the instruction set of this machine; the kernels choose theirs where they run.
+    The package holds the packed weights as they are in memory and no floats of them, and the library of the kernels. It runs where
+    this version of torch is: in C++ by ``AOTIModelPackageLoader``, in Python by ``torch._inductor.aoti_load_package``. Inductor
+    compiles what is around the products for the instruction set of this machine; the kernels choose theirs where they run.
 
     Args:
         model: packed by :func:`quantize_`, on the CPU, in ``eval()``. It must be one that ``torch.export`` takes.
@@ -76,9 +75,8 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".package-", dir=path.parent) as scratch:
         package = Path(scratch) / path.name
-        compile_package(program, package)
-        library = shutil.copy(build.build(), Path(scratch) / LIBRARY)
-        Path(library).replace(path.parent / LIBRARY)
+        library = shutil.copy(build.build(), Path(scratch) / compiler.loaded_name(compiler.stamp(compiler.sources())))
+        compile_package(program, package, Path(library))
         package.replace(path)
     return path
 

@@ -15,6 +15,7 @@ When it runs, the library picks the best instruction set that this machine has; 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import os
@@ -44,8 +45,11 @@ def load() -> None:
 
 @functools.cache
 def _load_once() -> None:
+    stamp = compiler.stamp(compiler.sources())
+    if _is_loaded(stamp):
+        return
     broken: list[Path] = []  # say, built where the C++ runtime is newer
-    for library in _ready(compiler.stamp(compiler.sources())):
+    for library in _ready(stamp):
         with contextlib.suppress(OSError):
             torch.ops.load_library(library)
             return
@@ -93,6 +97,15 @@ def cache_dir() -> Path:
 def wheel_dir() -> Path:
     """The directory where a wheel with a library in it has put that (``setup.py``)."""
     return Path(__file__).parent
+
+
+def _is_loaded(stamp: str) -> bool:
+    """Whether an exported package in this process has brought the same library, whose operators are there then."""
+    try:
+        ctypes.CDLL(compiler.loaded_name(stamp), mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 def _ready(stamp: str) -> Iterator[Path]:

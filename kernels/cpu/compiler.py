@@ -146,6 +146,11 @@ def library_name(stamp: str, library: Path) -> str:
     return f"kbit_cpu-{stamp}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
+def loaded_name(stamp: str) -> str:
+    """The name that the dynamic linker knows a loaded library by (its SONAME), and that exported packages ask for."""
+    return f"libkbit.so.{stamp}"
+
+
 def compile_library(files: Sequence[Path], scratch: Path) -> Path:
     """Compile and link ``files`` in the directory ``scratch``; the path of the library there.
 
@@ -165,7 +170,8 @@ def compile_library(files: Sequence[Path], scratch: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_unit, work, objects))
     library = scratch / "kbit_cpu.so"
-    _run([*_command(), *_common_flags(), *objects, f"-L{_torch_dir() / 'lib'}", *_link_flags(), "-o", str(library)])
+    name = f"-Wl,-soname,{loaded_name(stamp(files))}"
+    _run([*_command(), *_common_flags(), *objects, f"-L{_torch_dir() / 'lib'}", *_link_flags(), name, "-o", str(library)])
     return library
 
 
@@ -187,7 +193,8 @@ def _common_flags() -> list[str]:
 
 
 def _link_flags() -> list[str]:
-    return ["-shared", "-Wl,--no-undefined", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # nodelete: an exported package that is closed must not take away the operators, nor what frees packed memory.
+    return ["-shared", "-Wl,--no-undefined", "-Wl,-z,nodelete", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 @functools.cache
