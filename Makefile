@@ -17,7 +17,7 @@ NEWEST := 14
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python3.14
 # Folders that hold Python code.
-CODE := kbit_inductor lowering kernels tests benchmarks docs
+CODE := kbit_inductor kbit_command.py lowering kernels tests benchmarks docs
 # For mypy and editors: the packages laid out as they are imported.
 TYPING := build/typing/kbit_inductor
 

@@ -1,80 +1,100 @@
-"""The answer of ``explain`` as a table for a terminal: a line for each layer, and below it once what is said of many."""
+"""The answer of ``explain`` as a table for a terminal: a line for layers that are alike, and below it once what is said of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from kbit_inductor import alike
 from kbit_inductor.quantizers import CODEBOOK_NAMES
 
 if TYPE_CHECKING:
     from kbit_inductor.explain import Explanation, LayerReport
 
-NAMED = 3  # layers that a note names; of more it tells how many
+NAMED = 3  # rows that a note names; of more it tells how many layers they are
+TITLES = ("layer", "shape", "bits", "group", "kernel", "expected", "bytes", "packed", "max error")
+SHARED = ("group", "kernel")  # told in one line where all packed layers have the same
 
 
 def table(found: Explanation) -> Group:
     """The layers, and notes on them."""
-    rows = Table(title=f"kbit: {len(found.matched)} of {len(found.layers)} weight matrices packed", show_footer=True)
-    before, after = (sum(getattr(layer, key) for layer in found.layers) for key in ("bytes_before", "bytes_after"))
-    times = [each for layer in found.layers for each in layer.expected]
-    columns = [("layer", ""), ("shape", ""), ("use", ""), ("bits", ""), ("group", ""), ("bytes before", f"{before:,}"),
-               ("after", f"{after:,}"), ("error", ""), ("kernel", "")]  # fmt: skip
-    if any(layer.reasons for layer in found.layers):
-        columns.append(("why", ""))
-    if times:
-        columns.append((f"expected on {times[0].device}", f"{1e6 * found.seconds:.4g} µs"))
-    for title, footer in columns:
-        right = title in ("bits", "group", "bytes before", "after", "error")
-        rows.add_column(title, footer, justify="right" if right else "left", overflow="fold")
-    for layer in found.layers:
-        why = ["; ".join(layer.reasons)] if any(each.reasons for each in found.layers) else []
-        expected = ["; ".join(dict.fromkeys(map(str, layer.expected)))] if times else []
-        rows.add_row(*_cells(layer), *why, *expected)
+    rows = alike.rows(found.layers, lambda layer: layer.name, lambda layer: (layer.uses, layer.reasons, *_kind(layer).values()))
+    lines = [{"layer": line} | ({} if row is None else _kind(row.items[0]) | _sizes(row.items)) for line, row in alike.lines(rows)]
+    total = {"layer": "all", "expected": f"{1e6 * found.seconds:.4g} µs"} | _sizes(found.layers) | {"max error": ""}
+    shared = _shared(found)
+    drawn = Table(show_footer=True, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    titles = [title for title in TITLES if title not in shared and any(line.get(title) for line in lines)]
+    for title in titles:
+        number = title in ("bits", "bytes", "packed", "max error")
+        drawn.add_column(title, total.get(title, ""), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for line in lines:
+        drawn.add_row(*(line.get(title, "") for title in titles))
+    title = f"kbit: {len(found.matched)} of {len(found.layers)} weight matrices packed"
+    return Group(title, drawn, *_notes(found, shared))
+
+
+def _kind(layer: LayerReport) -> dict[str, str]:
+    """The cells that layers of one row share."""
+    bits = group = ""
+    if layer.config is not None:
+        name = layer.config.codebook if layer.config.codebook in CODEBOOK_NAMES else "own levels"
+        bits = f"{layer.config.bits} {name}" if layer.config.levels() else str(layer.config.bits)
+        group = "row" if layer.config.group_size == -1 else str(layer.config.group_size)
+    return {
+        "shape": " x ".join(map(str, layer.shape)),
+        "bits": bits,
+        "group": group,
+        "kernel": ", ".join(dict.fromkeys(layer.kernels)),
+        "expected": ", ".join(dict.fromkeys(f"{1e6 * each.seconds:.3g} µs" for each in layer.expected)),
+    }
+
+
+def _sizes(layers: Sequence[LayerReport]) -> dict[str, str]:
+    """Of all ``layers`` together; the error of the worst."""
+    before, after = (sum(getattr(layer, key) for layer in layers) for key in ("bytes_before", "bytes_after"))
+    errors = [layer.error for layer in layers if layer.matched]
+    return {"bytes": f"{before:,}", "packed": f"{after:,}", "max error": f"{max(errors):.2g}" if errors else ""}
+
+
+def _shared(found: Explanation) -> dict[str, str]:
+    cells = [_kind(layer) for layer in found.matched]
+    return {title: cells[0][title] for title in SHARED if len({each[title] for each in cells}) == 1}
+
+
+def _notes(found: Explanation, shared: Mapping[str, str]) -> Iterator[str]:
+    if shared:
+        yield "all that are packed: " + ", ".join(f"{title} {value}" for title, value in shared.items())
     breaks = "; ".join(f"{reason.splitlines()[0]} ({count})" for reason, count in found.graph_breaks.items()) or "none"
     fused = ", ".join(f"{kind} {count}" for kind, count in sorted(found.fusions.items())) or "nothing"
-    graphs = f"graphs: {found.graphs}, graph breaks: {breaks}; fused: {fused}"
-    return Group(rows, graphs, *_lines("other kernels", _rejected(found)), *_lines("fastest by rows of x (M)", _ranges(found)))
+    yield f"graphs: {found.graphs}, graph breaks: {breaks}; fused: {fused}"
+    layers = found.layers
+    yield from _lines("use", layers, lambda layer: layer.uses)
+    yield from _lines("why", layers, lambda layer: layer.reasons)
+    yield from _lines("other kernels", layers, lambda layer: [f"{kernel} {reason}" for kernel, reason in layer.rejected.items()])
+    yield from _lines(
+        "expected on",
+        layers,
+        lambda layer: [f"{each.device} by {each.kernel}: {each.bound} (M {each.m})" for each in layer.expected],
+    )
+    yield from _lines(
+        "fastest by rows of x (M)",
+        layers,
+        lambda layer: [str(each.ranges) for each in layer.expected if len(each.ranges.names) > 1],
+    )
 
 
-def _rejected(found: Explanation) -> Mapping[str, list[str]]:
-    """Why kernels were not chosen, and of which layers."""
-    notes: dict[str, list[str]] = {}
-    for layer in found.layers:
-        for kernel, reason in layer.rejected.items():
-            notes.setdefault(f"{kernel} {reason}", []).append(layer.name)
-    return notes
-
-
-def _ranges(found: Explanation) -> Mapping[str, list[str]]:
-    """Where the fastest kernel depends on the number of rows."""
-    notes: dict[str, list[str]] = {}
-    for layer in found.layers:
-        for each in layer.expected:
-            if len(each.ranges.names) > 1:
-                notes.setdefault(str(each.ranges), []).append(layer.name)
-    return notes
-
-
-def _lines(title: str, notes: Mapping[str, list[str]]) -> Iterator[str]:
-    if notes:
+def _lines(title: str, layers: Sequence[LayerReport], notes: Callable[[LayerReport], Iterable[str]]) -> Iterator[str]:
+    """What is said of each layer, once, with the names of those that it is said of."""
+    said: dict[str, list[str]] = {}
+    for layer in layers:
+        for note in dict.fromkeys(notes(layer)):
+            said.setdefault(note, []).append(layer.name)
+    if said:
         yield f"{title}:"
-    for note, names in notes.items():
-        named = list(dict.fromkeys(names))
-        yield f"  {note} ({', '.join(named) if len(named) <= NAMED else f'{len(named)} layers'})"
-
-
-def _cells(layer: LayerReport) -> list[str]:
-    shape = " x ".join(map(str, layer.shape))
-    if layer.config is None:
-        return [layer.name, shape, "", "", "", f"{layer.bytes_before:,}", f"{layer.bytes_after:,}", "", ""]
-    name = layer.config.codebook if layer.config.codebook in CODEBOOK_NAMES else "own levels"
-    bits = f"{layer.config.bits} {name}" if layer.config.levels() else str(layer.config.bits)
-    group = "row" if layer.config.group_size == -1 else str(layer.config.group_size)
-    return [
-        layer.name, shape, ", ".join(dict.fromkeys(layer.uses)), bits, group, f"{layer.bytes_before:,}",
-        f"{layer.bytes_after:,}", f"{layer.error:.2g}", ", ".join(dict.fromkeys(layer.kernels)),
-    ]  # fmt: skip
+    for note, names in said.items():
+        named = [row.name for row in alike.rows(names, str, lambda _: None)]
+        yield f"  {note} ({', '.join(named) if len(named) <= NAMED else f'{len(names)} layers'})"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,3 +148,27 @@ def test_every_command_has_help_and_the_shell_completes_it() -> None:
         assert result.exit_code == 0 and "--help" in result.output
     typed = {"_KBIT_COMPLETE": "complete_bash", "COMP_WORDS": "kbit qu", "COMP_CWORD": "1"}
     assert CliRunner().invoke(commands.app, [], prog_name="kbit", env=typed).stdout.strip() == "quantize"
+
+
+INTERRUPTED = """
+import os, signal, sys
+import kbit_command
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+kbit_command.main()
+"""
+
+
+@pytest.mark.parametrize("handler", ["SIG_IGN", "default_int_handler"])
+def test_ctrl_c_while_torch_is_loaded(handler: str) -> None:
+    code = f"import signal\nsignal.signal(signal.SIGINT, signal.{handler})\n{INTERRUPTED}"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    if handler == "SIG_IGN":
+        assert done.stdout.startswith("kbit-inductor") and done.returncode == 0
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -1,10 +1,13 @@
+import io
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import kbit_inductor as kbit
+from kbit_inductor.explain import LayerReport
 from kbit_inductor.lowering.registry import KERNELS
 
 
@@ -51,6 +54,22 @@ def test_the_table_shows_every_layer_and_the_totals():
     for layer in report.layers:
         assert layer.name in text
     assert f"{sum(layer.bytes_after for layer in report.layers):,}" in text
+
+
+def test_layers_that_are_alike_are_one_line_of_a_narrow_table():
+    def layer(name, rows):
+        return LayerReport(
+            name, (rows, 64), True, ("told once",), ("linear",), kbit.Config().for_layer(""), 9, 3, rows / 1e4, ("cpu",)
+        )
+
+    layers = [layer(f"model.layers.{i}.self_attn.{name}", 64 + i // 3) for i in range(4) for name in ("query_proj", "value_proj")]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(kbit.Explanation((layer("model.embed_tokens", 64), *layers), 1, {}))
+    cells = [line.split() for line in console.export_text(clear=False).splitlines()]
+    assert ["model.layers.0-2"] in cells and ["model.layers.3"] in cells
+    assert ["self_attn.query_proj", "64", "x", "64", "4", "27", "9", "0.0064"] in cells
+    assert ["self_attn.value_proj", "65", "x", "64", "4", "9", "3", "0.0065"] in cells
+    assert "told once (model.embed_tokens, model.layers.0-3.self_attn.query_proj" in console.export_text()
 
 
 class Page(HTMLParser):

@@ -88,6 +88,7 @@ def test_wheel_holds_every_file_of_the_three_folders(installed: Installed) -> No
     with zipfile.ZipFile(installed.wheel) as wheel:
         held = {name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")}
     wanted = {str(PurePosixPath(place) / path.relative_to(folder)) for folder, place in FOLDERS.items() for path in sources(folder)}
+    wanted.add("kbit_command.py")
     # A folder of Python files that is missing here is to be added to [tool.setuptools] packages in pyproject.toml, data
     # to [tool.setuptools.package-data].
     assert held == wanted
