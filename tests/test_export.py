@@ -20,6 +20,7 @@ import pytest
 import torch
 from test_surgery import OPTIONS, Model, model
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import kbit_inductor as kbit
 from kbit_inductor.debug.inspector import WORSE
@@ -190,7 +191,7 @@ class Branching(Model):
         return super().forward(ids) if ids.sum() > 0 else ids
 
 
-def test_what_cannot_be_exported_is_told(packed: nn.Module, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_told(packed: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, path = torch.zeros(2, 5, dtype=torch.int64), tmp_path / "model.pt2"
     double = kbit.quantize_(model(), OPTIONS).double()
     branching = kbit.quantize_(Branching().eval(), OPTIONS)
@@ -206,4 +207,7 @@ def test_what_cannot_be_exported_is_told(packed: nn.Module, tmp_path: Path) -> N
     for given, example, where, error, says in cases:
         with pytest.raises(error, match=says):
             kbit.export(given, example, where)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    with pytest.raises(kbit.UnexportableModelError, match=r"packed embeddings.*torch 2\.12"):
+        kbit.export(packed, ids, path)
     assert not any(tmp_path.iterdir())

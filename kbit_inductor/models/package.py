@@ -59,7 +59,7 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     Raises:
         InvalidOptionError: ``path`` does not end with ``.pt2``, or the example is of size 1 or 0 where calls may differ.
         TrainingModeError: a model in training mode.
-        UnexportableModelError: no weight is packed, or one has a kernel that is not C++.
+        UnexportableModelError: no weight is packed, or one has a kernel that is not C++; with torch 2.11, a packed embedding.
         ModelCallError: the model itself fails on ``example``.
         UncapturableModelError: ``torch.export`` does not take the model, or not with these sizes dynamic.
     """
@@ -72,6 +72,7 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     arguments, keywords = _call_of(example)
     program = _captured(model, arguments, keywords, dynamic)
     log.info("fused into products: %s", dict(fuse_program(program)))
+    _check_dtypes(program)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".package-", dir=path.parent) as scratch:
         package = Path(scratch) / path.name
@@ -89,6 +90,15 @@ def _check_kernels(model: nn.Module) -> None:
         if matrix.suffix != SUFFIX:
             reasons = "; ".join(f"{kernel} {reason}" for kernel, reason in matrix.rejected)
             raise UnexportableModelError(f"layer {names[0]!r} has the kernel {matrix.kernel!r}, which is not C++ ({reasons})")
+
+
+def _check_dtypes(program: torch.export.ExportedProgram) -> None:
+    """Packages of torch 2.11 call operators with other dtypes than they were compiled with (mended by PyTorch's #173562)."""
+    if torch.__version__ < (2, 12) and program.graph.find_nodes(op="call_function", target=torch.ops.kbit.embedding_cpu.default):
+        raise UnexportableModelError(
+            "packages of torch 2.11 mistake the dtypes of operators, and look-ups in packed embeddings have one; take torch 2.12 "
+            "or later, or leave embeddings in float by the option 'skip'"
+        )
 
 
 def _call_of(example: Tensor | Sequence[Any] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
