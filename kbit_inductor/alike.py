@@ -58,6 +58,11 @@ def lines(found: Iterable[Row[Item]]) -> Iterator[tuple[str, Row[Item] | None]]:
             yield (f"  {row.rest or block}" if len(together) > 1 else row.name), row
 
 
+def names(of: Iterable[str]) -> list[str]:
+    """Names of layers for a message: ``model.layers.0-29.mlp.up_proj`` for thirty of them."""
+    return [row.name for row in rows(of, str, lambda _: None)]
+
+
 def _rows(group: list[Item], name: Callable[[Item], str]) -> Iterator[Row[Item]]:
     """One row, or one for each item."""
     numbers = [tuple(map(int, _NUMBER.findall(name(item)))) for item in group]

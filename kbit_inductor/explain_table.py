@@ -96,5 +96,5 @@ def _lines(title: str, layers: Sequence[LayerReport], notes: Callable[[LayerRepo
     if said:
         yield f"{title}:"
     for note, names in said.items():
-        named = [row.name for row in alike.rows(names, str, lambda _: None)]
+        named = alike.names(names)
         yield f"  {note} ({', '.join(named) if len(named) <= NAMED else f'{len(names)} layers'})"

@@ -109,6 +109,23 @@ def test_a_worse_plan_is_not_taken(model, monkeypatch):
     assert "diverges by 0.5, uniform 3 bits by 0.4, so these are taken" in str(plan)
 
 
+def test_a_plan_tells_alike_layers_in_one_line():
+    def layer(index, bits, *parts):
+        return kbit.PlannedLayer(
+            tuple(f"model.layers.{index}.{part}" for part in parts), ((64, 32),), bits, 100, 0.5, f"why {index}"
+        )
+
+    attention = [layer(index, 3 + index // 3, "self_attn.q_proj", "self_attn.k_proj") for index in range(4)]
+    head = kbit.PlannedLayer(("model.embed_tokens", "lm_head"), ((64, 32),), 6, 100, 0.5, "set by overrides")
+    assert [each.name for each in (head, attention[3])] == [
+        "model.embed_tokens, lm_head",
+        "model.layers.3.self_attn.q_proj, k_proj",
+    ]
+    told = str(kbit.Plan((head, *attention), "so it is"))
+    assert "model.layers.0-2.self_attn.q_proj, k_proj  64 x 32     3    300   1.5" in told and "in the plan as JSON" in told
+    assert "set by overrides" in str(kbit.Plan((head, *attention[2:]), "so it is"))  # every line is one layer's
+
+
 def test_a_plan_is_kept_and_edited(model, tmp_path):
     plan = kbit.plan(model, AUTO)
     plan.save(tmp_path / "plan.json")

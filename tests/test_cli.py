@@ -97,6 +97,8 @@ def test_a_plan_is_written_and_used(source: Path, tmp_path: Path) -> None:
     packed = kbit.load(tmp_path / "packed")
     wanted = kbit.Plan.load(tmp_path / "plan.json").overrides
     assert all(packed.get_submodule(name).weight.config.bits == bits["bits"] for name, bits in wanted.items())
+    result = kbit_command("plan", tmp_path / "packed", "-o", "average_bits=3.5")
+    assert result.exit_code == 1 and "no layer in float" in result.stderr
 
 
 def test_output_for_people(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_gptq_and_back(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    with pytest.raises(kbit.UnsavableModelError, match=r"self_attn\.q_proj, model\.layers\.1\.self_attn\.q_proj; pack"):
+    with pytest.raises(kbit.UnsavableModelError, match=r"exactly: model\.layers\.0-1\.self_attn\.q_proj; pack"):
         kbit.to_gguf(llama(bits=4, group_size=32, end_bits=1, overrides={r"re:.*q_proj": {"bits": 6}}), tmp_path / "model.gguf")
     with pytest.raises(kbit.UnsavableModelError, match=r"exactly: model\.embed_tokens"):
         kbit.to_gptq(llama(bits=4, group_size=32, symmetric=True), tmp_path / "folder")

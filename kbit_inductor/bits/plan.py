@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from kbit_inductor import alike
 from kbit_inductor.atomic import replacing
 from kbit_inductor.config import Config
 from kbit_inductor.errors import UnmatchedOverrideError
@@ -37,6 +40,14 @@ class PlannedLayer:
     nbytes: int
     cost: float
     reason: str
+
+    @property
+    def name(self) -> str:
+        """All names as one: ``model.layers.0.self_attn.q_proj, k_proj``."""
+        parts = [name.split(".") for name in self.names]
+        begin = zip(*(each[:-1] for each in parts), strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, begin))
+        return ".".join([*parts[0][:shared], ", ".join(".".join(each[shared:]) for each in parts)])
 
     @property
     def elements(self) -> int:
@@ -110,16 +121,25 @@ class Plan:
         return cls(tuple(layers), saved["verdict"], saved["divergence"])
 
     def __rich__(self) -> Group:
-        table = Table(title=f"bits by layer: {self.average_bits:.2f} on average, {self.nbytes:,} bytes", show_footer=False)
-        for title in ("layers", "shape", "bits", "bytes", "cost", "why"):
-            table.add_column(title, justify="right" if title in ("bits", "bytes", "cost") else "left", overflow="fold")
-        for layer in self.layers:
-            shapes = ", ".join(f"{rows} x {columns}" for rows, columns in layer.shapes)
-            cells = (", ".join(layer.names), shapes, str(layer.bits), f"{layer.nbytes:,}", f"{layer.cost:.2g}", layer.reason)
-            table.add_row(*cells)
-        return Group(table, self.verdict)
+        rows = alike.rows(self.layers, lambda layer: layer.name, lambda layer: (layer.shapes, layer.bits))
+        each = all(len(row.items) == 1 for row in rows)
+        drawn = Table(show_footer=False, box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for title in ("layers", "shape", "bits", "bytes", "cost", *(["why"] if each else [])):
+            number = title in ("bits", "bytes", "cost")
+            drawn.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        for line, row in alike.lines(rows):
+            drawn.add_row(line, *([] if row is None else _cells(row.items)[: 4 + each]))
+        title = f"bits by layer: {self.average_bits:.2f} on average, {self.nbytes:,} bytes"
+        return Group(title, drawn, *([] if each else ["why, layer by layer: in the plan as JSON"]), self.verdict)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def _cells(layers: Sequence[PlannedLayer]) -> list[str]:
+    """Of layers of one row; the reason where it is one layer's."""
+    shapes = ", ".join(f"{rows} x {columns}" for rows, columns in layers[0].shapes)
+    nbytes, cost = sum(layer.nbytes for layer in layers), sum(layer.cost for layer in layers)
+    return [shapes, str(layers[0].bits), f"{nbytes:,}", f"{cost:.2g}", layers[0].reason]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 import kbit_inductor
@@ -25,6 +25,7 @@ from kbit_inductor.cli.scaling import scaling
 from kbit_inductor.cli.text import pieces
 from kbit_inductor.cli.tune import tune
 from kbit_inductor.debug.bisect import bisect as bisect_model
+from kbit_inductor.errors import ModelMismatchError
 from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
 from kbit_inductor.models.exporters.gguf import to_gguf
@@ -143,6 +144,10 @@ def plan_bits(
     with reported(as_json):
         config = config_of(["bits=auto", *(option or [])])
         found = plan(open_model(source), config, _lines(text), tokenizer=open_tokenizer(source))
+        if not found.layers:
+            raise ModelMismatchError(
+                f"{source} has no layer in float to choose bits for; of a packed model: kbit dequantize, first"
+            )
         if output is not None:
             found.save(output)
         if as_json:
@@ -210,7 +215,7 @@ def doctor(as_json: Json = False) -> None:
         if as_json:
             print(json.dumps([dataclasses.asdict(check) for check in found]))
         else:
-            table = Table("", "what", "found", "to mend it", show_lines=False)
+            table = Table(*(Column(title, overflow="fold") for title in ("", "what", "found", "to mend it")))
             for check in found:
                 mark = "ok" if check.ok else "MISSING" if check.needed else "none"
                 table.add_row(mark, check.name, check.found, "" if check.ok else check.mend)

@@ -94,7 +94,7 @@ def _check_kernels(model: nn.Module) -> None:
 
 def _check_dtypes(program: torch.export.ExportedProgram) -> None:
     """Packages of torch 2.11 call operators with other dtypes than they were compiled with (mended by PyTorch's #173562)."""
-    if torch.__version__ < (2, 12) and program.graph.find_nodes(op="call_function", target=torch.ops.kbit.embedding_cpu.default):
+    if torch.__version__ < "2.12" and program.graph.find_nodes(op="call_function", target=torch.ops.kbit.embedding_cpu.default):
         raise UnexportableModelError(
             "packages of torch 2.11 mistake the dtypes of operators, and look-ups in packed embeddings have one; take torch 2.12 "
             "or later, or leave embeddings in float by the option 'skip'"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor import alike
 from kbit_inductor.atomic import replacing
 from kbit_inductor.errors import ModelMismatchError, UnsavableModelError
 from kbit_inductor.models.exporters.blocks import BLOCK, BYTES, block_type, to_blocks
@@ -90,8 +91,8 @@ def _tensors(model: nn.Module, names: Mapping[str, str]) -> list[Outgoing]:
     kinds = {name: None if matrices[name].order is not None else block_type(weight) for name, weight in packed.items()}
     if misfits := [name.removesuffix(".weight") for name, kind in kinds.items() if kind is None]:
         raise UnsavableModelError(
-            f"no type of GGUF holds these layers exactly: {', '.join(misfits)}; pack them with a group_size that 32 divides, and "
-            "symmetric=True or 5 bits or fewer (end_bits is the least of tables and heads)"
+            f"no type of GGUF holds these layers exactly: {', '.join(alike.names(misfits))}; pack them with a group_size "
+            "that 32 divides, and symmetric=True or 5 bits or fewer (end_bits is the least of tables and heads)"
         )
     del packed
     floats = dict(model.named_parameters())

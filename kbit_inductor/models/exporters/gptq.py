@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kbit_inductor import alike
 from kbit_inductor.atomic import replacing
 from kbit_inductor.errors import ModelMismatchError, UnsavableModelError
 from kbit_inductor.kernels.layout import unpack_codes
@@ -50,10 +51,10 @@ def to_gptq(model: nn.Module, folder: str | Path) -> None:
     if not layers:
         raise ModelMismatchError("the model has no packed layer; quantize_ it first, with symmetric=True and skip=['lm_head']")
     first = next(iter(layers.values()))
-    alike = (first.config.bits, first.config.group_size)
-    if misfits := [name for name, matrix in layers.items() if not _fits(model.get_submodule(name), matrix, alike)]:
+    common = (first.config.bits, first.config.group_size)
+    if misfits := [name for name, matrix in layers.items() if not _fits(model.get_submodule(name), matrix, common)]:
         raise UnsavableModelError(
-            f"GPTQ's format does not hold these layers exactly: {', '.join(misfits)}; pack linear layers alike, with "
+            f"GPTQ's format does not hold these layers exactly: {', '.join(alike.names(misfits))}; pack linear layers alike, with "
             f"symmetric=True, bits of {BITS}, rows and columns that {FIELDS} divides, no codebook, and skip= the rest"
         )
     tensors = dict(_floats(model))
@@ -68,7 +69,7 @@ def to_gptq(model: nn.Module, folder: str | Path) -> None:
             temporary.write_text(json.dumps(_configuration(model, first), indent=2) + "\n", encoding="utf-8")
 
 
-def _fits(module: nn.Module, matrix: PackedMatrix, alike: tuple[int, int]) -> bool:
+def _fits(module: nn.Module, matrix: PackedMatrix, common: tuple[int, int]) -> bool:
     config = matrix.config
     scale = _scale(matrix)
     return (
@@ -76,7 +77,7 @@ def _fits(module: nn.Module, matrix: PackedMatrix, alike: tuple[int, int]) -> bo
         and config.symmetric
         and config.levels() is None
         and config.bits in BITS
-        and (config.bits, config.group_size) == alike
+        and (config.bits, config.group_size) == common
         and matrix.rows % FIELDS == matrix.columns % FIELDS == 0
         and torch.equal(scale.half().double(), scale)
     )
