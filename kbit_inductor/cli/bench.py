@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 from torch.utils.benchmark import Timer
 
@@ -119,7 +119,7 @@ def _median(layer: nn.Module, x: torch.Tensor, seconds: float) -> float:
 
 
 def _print(found: list[LayerTime]) -> None:
-    table = Table("layer", "N x K", "bits", "rows", "µs", "float µs", "GB/s")
+    table = Table(Column("layer", overflow="fold"), "N x K", "bits", "rows", "µs", "float µs", "GB/s")
     for each in found:
         size = f"{each.shape[0]} x {each.shape[1]}"
         figures = (f"{each.microseconds:.1f}", f"{each.float_microseconds:.1f}", f"{each.gigabytes_per_second:.2f}")
