@@ -26,7 +26,7 @@ from rich.console import Console
 
 from kbit_inductor import backend
 from kbit_inductor.passes import pipeline
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.store import STORE
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "compile_time.json"

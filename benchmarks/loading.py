@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kbit_inductor as kbit
 from kbit_inductor.models.surgery import packed_matrices
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = REPOSITORY / "docs" / "models.md", REPOSITORY / "benchmarks" / "results" / "loading.json"

@@ -26,7 +26,7 @@ from smollm2 import Inputs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.store import STORE
 
 Say = Callable[[str], None]
 

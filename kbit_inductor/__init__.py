@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kbit_inductor.backend import kbit
 from kbit_inductor.bits import Plan, PlannedLayer, plan
-from kbit_inductor.calibrate import calibrate
+from kbit_inductor.calibrating.calibrate import calibrate
+from kbit_inductor.calibrating.channel_scaling import ChannelScaling, ScaledLayers, scale_channels_
+from kbit_inductor.calibrating.learned_codebooks import learn_codebooks
+from kbit_inductor.calibrating.own_text import own_text
 from kbit_inductor.calibration import Calibration
-from kbit_inductor.channel_scaling import ChannelScaling, ScaledLayers, scale_channels_
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.debug.bisect import Culprit, bisect
 from kbit_inductor.errors import (
@@ -55,12 +57,10 @@ from kbit_inductor.errors import (
     UnsupportedShapeError,
     WrongDeviceError,
 )
-from kbit_inductor.explain import Explanation, LayerReport, explain
 from kbit_inductor.generation.custom_generate import custom_generate
 from kbit_inductor.generation.generator import Generator, generate
 from kbit_inductor.generation.speculative import SpeculativeGenerator
 from kbit_inductor.kernel_registry import register_kernel
-from kbit_inductor.learned_codebooks import learn_codebooks
 from kbit_inductor.lora import init_lora_
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
@@ -72,13 +72,13 @@ from kbit_inductor.models.importers.torchao import from_torchao
 from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import load, save
 from kbit_inductor.models.surgery import dequantize_, quantize_
-from kbit_inductor.own_text import own_text
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.precision import precision
 from kbit_inductor.quantizers import register_quantizer
-from kbit_inductor.restore import restore_
+from kbit_inductor.reports.explain import Explanation, LayerReport, explain
 from kbit_inductor.scaling import scaling
+from kbit_inductor.weights.restore import restore_
 
 if TYPE_CHECKING:
     from kbit_inductor.pretrained import KbitConfig

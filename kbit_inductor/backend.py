@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from kbit_inductor import logs
 from kbit_inductor._compat import cache_tag, copy_graph, inductor
-from kbit_inductor.binding import Binding
 from kbit_inductor.bits.graph import with_bits
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
@@ -27,8 +26,9 @@ from kbit_inductor.passes import pipeline
 from kbit_inductor.passes.pipeline import Observer
 from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import passes
-from kbit_inductor.release import MEND, is_released
-from kbit_inductor.store import STORE, Slot
+from kbit_inductor.weights.binding import Binding
+from kbit_inductor.weights.release import MEND, is_released
+from kbit_inductor.weights.store import STORE, Slot
 
 log = logs.logger("capture")
 kernel_log = logs.logger("kernels")

@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 
 from kbit_inductor._compat import FakeTensor, FakeTensorMode, is_transformed, member_path, source_name, storage_id
 from kbit_inductor.config import Config, LayerConfig
-from kbit_inductor.derivation import Derivation
 from kbit_inductor.ends import ends_of_graph
 from kbit_inductor.lowering.registry import Choice
 from kbit_inductor.packing import WEIGHT_DTYPES
 from kbit_inductor.side import SIDE
-from kbit_inductor.store import Slot
-from kbit_inductor.views import Strides, WeightView, expanded_batch
+from kbit_inductor.weights.derivation import Derivation
+from kbit_inductor.weights.store import Slot
+from kbit_inductor.weights.views import Strides, WeightView, expanded_batch
 
 VALUE = "example_value"  # the metadata key under which Dynamo keeps a node's fake value
 PARTS = tuple(f".weight.{name}" for name in SIDE)  # of a weight that is packed already

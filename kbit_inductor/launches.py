@@ -19,11 +19,11 @@ from kbit_inductor import backend
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError
-from kbit_inductor.explain import as_it_is, call_once
 from kbit_inductor.lowering.problem import Problem
 from kbit_inductor.models.modules import matrix_of
 from kbit_inductor.passes.epilogue import FUSED, LINEAR, fuse_epilogues
 from kbit_inductor.passes.record import Pass
+from kbit_inductor.reports.explain import as_it_is, call_once
 
 PACKING = "pack"  # the pass that turns products into operators
 PRODUCTS = {torch.ops.kbit.tiled_linear_cpu.default, torch.ops.kbit.linear.default, LINEAR}  # that packed modules call

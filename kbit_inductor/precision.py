@@ -12,7 +12,7 @@ from kbit_inductor.errors import InvalidOptionError, NoCascadeError
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.lowering.registry import cpu_library_problem
 from kbit_inductor.models.modules import PackedMatrix
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.store import STORE
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from kbit_inductor.models.modelfile import StoredWeight
 from kbit_inductor.models.modules import PackedMatrix
 from kbit_inductor.models.saving import packed_matrix, place_of, stored_weight
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, packed_module, quantize_
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 METHOD = "kbit"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kbit_inductor.packing import PackedWeight
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.store import STORE
 
 WIDTH = 64
 HIDDEN = 128

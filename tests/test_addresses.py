@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from kbit_inductor import LayerConfig, addresses
+from kbit_inductor import LayerConfig
 from kbit_inductor.packing import pack
 from kbit_inductor.passes import lower
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy
 from kbit_inductor.testing.without_gpu import operators_on_cpu
+from kbit_inductor.weights import addresses
+from kbit_inductor.weights.store import STORE
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 

@@ -13,7 +13,7 @@ from threads import with_threads
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor import reconstruct
+from kbit_inductor.calibrating import reconstruct
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import Format, LearnedRounding, Statistics, autoround, clip, codebook, gptq
 from kbit_inductor.testing.strategies import SEEDS, normal

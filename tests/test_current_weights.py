@@ -26,8 +26,8 @@ from current_weights import (
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.store import STORE
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 

@@ -13,12 +13,12 @@ from threads import with_threads
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor import distillation
+from kbit_inductor.calibrating import distillation
 from kbit_inductor.outputs import divergence, rows_of
 from kbit_inductor.packing import pack
 from kbit_inductor.quantizers import Format, Statistics, TunedGrids, codebook, distill, gptq
-from kbit_inductor.substitution import substituted
 from kbit_inductor.testing.strategies import SEEDS, normal
+from kbit_inductor.weights.substitution import substituted
 
 OPTIONS = {"bits": 2, "group_size": 16, "quantizer": "distill", "min_elements": 1}
 DATA = normal((8, 64, 32), 1)

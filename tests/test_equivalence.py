@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kbit_inductor import backend
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import assert_equivalent, dequantized_copy, relative_error
 from kbit_inductor.testing.strategies import BITS, FLOATS, GROUPS, SEEDS, inputs, modules, options
+from kbit_inductor.weights.store import STORE
 
 
 def check(module, x, options, unquantized, dynamic=None):

@@ -10,9 +10,9 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import kbit_inductor as kbit
 from kbit_inductor import backend
-from kbit_inductor.release import is_released
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.release import is_released
+from kbit_inductor.weights.store import STORE
 
 E, N, K, S = 3, 40, 48, 7
 INDEX = [2, 0, 0, 1, 2, 0, -3]

@@ -7,8 +7,8 @@ from rich.console import Console
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor.explain import LayerReport
 from kbit_inductor.lowering.registry import KERNELS
+from kbit_inductor.reports.explain import LayerReport
 
 
 class Model(nn.Module):
@@ -152,7 +152,7 @@ def test_mistakes_are_our_own_errors():
 
 
 def test_nothing_is_kept_packed():
-    from kbit_inductor.store import STORE
+    from kbit_inductor.weights.store import STORE
 
     model = Model()
     kbit.explain(model, INDICES)

@@ -14,8 +14,8 @@ import test_triton_kernels as kernels
 from test_gpu_fusion import FUSED, Gated
 
 from kbit_inductor import WrongDeviceError, explain
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error, rewrite
+from kbit_inductor.weights.store import STORE
 
 pytestmark = [
     pytest.mark.gpu,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import kbit_inductor as kbit
 from kbit_inductor.quantizers import codebook
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 EXAMPLES = int(os.environ.get("KBIT_TEST_EXAMPLES", "30"))
 ROWS, COLUMNS = 32, 64

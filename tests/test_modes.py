@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import kbit_inductor as kbit
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.store import STORE
 
 
 class Model(nn.Module):

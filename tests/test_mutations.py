@@ -18,10 +18,10 @@ from kbit_inductor.lowering.registry import KERNELS, Kernel
 from kbit_inductor.passes.pipeline import BUILT_IN
 from kbit_inductor.passes.registry import make_pass
 from kbit_inductor.quantizers import QUANTIZERS, Quantized, clip, rtn
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import assert_equivalent, check_kernel, check_pass, check_quantizer, rewrite
 from kbit_inductor.testing.models import WIDTH, Block, Columns, InPlace, examples
 from kbit_inductor.testing.passes import CHECKED, Changes
+from kbit_inductor.weights.store import STORE
 
 FUSED = torch.ops.kbit.fused_linear_cpu.default
 

@@ -10,8 +10,8 @@ import torch
 from current_weights import Block, compiled, inputs, multiply, packed, replace_parameter, rounding
 from torch import Tensor
 
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.store import STORE
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 

@@ -132,7 +132,7 @@ import sys
 import torch
 from torch import nn
 import kbit_inductor as kbit
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -12,8 +12,8 @@ import torch
 from current_weights import Block, assert_changed, assert_current, compiled, inputs, multiply, rounding
 from torch import Tensor
 
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import relative_error
+from kbit_inductor.weights.store import STORE
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kbit_inductor import backend
 from kbit_inductor.capture import Context
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.store import STORE
 
 QUANTIZATION_BOUND = 0.02  # what the project promises for 8 bits
 UNIT_ROUNDOFF = 2**-24  # of float32

@@ -13,8 +13,8 @@ from kbit_inductor.capture import Context
 from kbit_inductor.config import Config
 from kbit_inductor.debug.trial import snapshot
 from kbit_inductor.passes.record import Pass
-from kbit_inductor.store import STORE
 from kbit_inductor.testing import dequantized_copy
+from kbit_inductor.weights.store import STORE
 
 
 def twin(model: nn.Module, config: Config, computed: bool, run: Callable[..., Any]) -> Callable[..., Any]:

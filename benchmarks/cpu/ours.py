@@ -15,7 +15,7 @@ from cpu.timing import Call
 from kbit_inductor import LayerConfig
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.packing import pack
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.store import STORE
 
 GROUP = 128
 ACTIVATION_BITS = 8  # what the compiled module takes on a CPU by default

@@ -97,7 +97,7 @@ def _load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, smo
 
 def _table_bytes(model: Any) -> int:
     """Bytes of the embedding, of which a step reads a row."""
-    from kbit_inductor.store import STORE
+    from kbit_inductor.weights.store import STORE
 
     table = model.get_input_embeddings().weight
     return sum(packed.nbytes for _, packed in STORE.packed_forms(table)) or int(table.untyped_storage().nbytes())

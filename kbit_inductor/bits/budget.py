@@ -11,8 +11,8 @@ from torch import Tensor
 from kbit_inductor.bits.units import Unit
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import BudgetError
-from kbit_inductor.expectation import Clock
 from kbit_inductor.lowering.problem import Problem
+from kbit_inductor.reports.expectation import Clock
 
 LEAST_BITS, MOST_BITS = 1, 8
 TICKS = 20_000  # of a latency budget: what a choice is exact to

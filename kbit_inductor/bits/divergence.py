@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kbit_inductor.outputs import divergence, rows_of
 from kbit_inductor.packing import PackedWeight
-from kbit_inductor.substitution import substituted
+from kbit_inductor.weights.substitution import substituted
 
 Batches = Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 

@@ -16,8 +16,8 @@ from kbit_inductor.config import Config
 from kbit_inductor.ends import is_table
 from kbit_inductor.kernels.layout import MAX_BITS
 from kbit_inductor.logs import logger
-from kbit_inductor.release import is_released
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.release import is_released
+from kbit_inductor.weights.store import STORE
 
 log = logger("capture")
 

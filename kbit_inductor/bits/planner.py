@@ -21,7 +21,7 @@ from kbit_inductor.bits.divergence import Divergence
 from kbit_inductor.bits.knapsack import choose
 from kbit_inductor.bits.plan import Plan, PlannedLayer
 from kbit_inductor.bits.units import Unit, find_units
-from kbit_inductor.calibrate import batches, calibrate
+from kbit_inductor.calibrating.calibrate import batches, calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config
 from kbit_inductor.errors import BudgetError, EmptyCalibrationError, InvalidOptionError

@@ -26,13 +26,13 @@ from kbit_inductor.cli.text import pieces
 from kbit_inductor.cli.tune import tune
 from kbit_inductor.debug.bisect import bisect as bisect_model
 from kbit_inductor.errors import ModelMismatchError
-from kbit_inductor.explain import explain as explain_model
 from kbit_inductor.generation.generator import Generator
 from kbit_inductor.models.exporters.gguf import to_gguf
 from kbit_inductor.models.exporters.gptq import to_gptq
 from kbit_inductor.models.package import export
 from kbit_inductor.models.saving import save
 from kbit_inductor.models.surgery import dequantize_, packed_matrices, quantize_
+from kbit_inductor.reports.explain import explain as explain_model
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -15,7 +15,7 @@ from kbit_inductor.debug.trial import Trial, distance, identical, leaves, snapsh
 from kbit_inductor.errors import BrokenPassError
 from kbit_inductor.logs import logger
 from kbit_inductor.passes.record import Pass
-from kbit_inductor.release import is_released
+from kbit_inductor.weights.release import is_released
 
 log = logger("passes")
 MEANING = 2.0**-36

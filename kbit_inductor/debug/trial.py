@@ -15,7 +15,7 @@ from kbit_inductor._compat import copy_graph, hint, no_modes
 from kbit_inductor.capture import Context
 from kbit_inductor.debug.exact import Concrete, Exact, widen
 from kbit_inductor.packing import PackedWeight
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.store import STORE
 
 
 @dataclass

@@ -23,7 +23,7 @@ from kbit_inductor.errors import (
 from kbit_inductor.generation.captured import Captured
 from kbit_inductor.generation.prompt import prepare
 from kbit_inductor.generation.sampling import Sampling
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 Options = Mapping[str, Any] | Config | None
 EXAMPLE = 2  # the smallest size that torch.compile does not take for a special case

@@ -16,7 +16,7 @@ from kbit_inductor.models import filling
 from kbit_inductor.models.damage import PARSING_ERRORS
 from kbit_inductor.models.gguf_blocks import TYPES, packed_of
 from kbit_inductor.progress import Progress
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 log = logger("pack")
 

@@ -32,8 +32,8 @@ from kbit_inductor.models.surgery import packed_matrices, packed_module
 from kbit_inductor.packing import PackedWeight
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import Levels
-from kbit_inductor.release import MEND, Trimmer, is_released, trim_heap
 from kbit_inductor.side import SIDE, Side
+from kbit_inductor.weights.release import MEND, Trimmer, is_released, trim_heap
 
 SHARD_BYTES = 256 << 20
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit_inductor.bits.planner import plan
-from kbit_inductor.calibrate import calibrate
+from kbit_inductor.calibrating.calibrate import calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.ends import ends_of_model
@@ -19,8 +19,8 @@ from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMa
 from kbit_inductor.overrides import check_names
 from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
 from kbit_inductor.progress import Progress
-from kbit_inductor.release import Trimmer, trim_heap
 from kbit_inductor.side import with_shift
+from kbit_inductor.weights.release import Trimmer, trim_heap
 
 log = logger("pack")
 

@@ -9,7 +9,7 @@ from torch import fx
 from kbit_inductor._compat import no_modes
 from kbit_inductor.capture import Context, GraphWeight
 from kbit_inductor.passes.derive import COMPUTED, ancestors
-from kbit_inductor.views import Strides, covers
+from kbit_inductor.weights.views import Strides, covers
 
 
 def drop_unused_weights(context: Context) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from kbit_inductor.passes.rewriter import Batch, Rewriter, packed_batched_linear
-from kbit_inductor.views import contiguous
+from kbit_inductor.weights.views import contiguous
 
 aten = torch.ops.aten
 

@@ -15,12 +15,12 @@ from torch.nn import functional
 from kbit_inductor._compat import OpOverload, mark_static_input, storage_id, trace
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligible, layer_name
 from kbit_inductor.config import LayerConfig
-from kbit_inductor.derivation import Derivation
 from kbit_inductor.given_grid import GivenGrid
 from kbit_inductor.passes.patterns import LINEARS, is_constant
 from kbit_inductor.passes.products import rule_of
 from kbit_inductor.passes.scheme import grid_of
-from kbit_inductor.views import Strides, WeightView
+from kbit_inductor.weights.derivation import Derivation
+from kbit_inductor.weights.views import Strides, WeightView
 
 SPELLED = (
     *LINEARS, functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul,

@@ -19,7 +19,7 @@ from kbit_inductor._compat import HigherOrderOperator, storage_id, trace
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, tensors_of
 from kbit_inductor.passes.patterns import LINEARS
 from kbit_inductor.passes.products import EMBEDDINGS, rule_of
-from kbit_inductor.views import Strides
+from kbit_inductor.weights.views import Strides
 
 aten = torch.ops.aten
 SELECTIONS = (aten.index.Tensor, aten.index_select.default)

@@ -21,7 +21,7 @@ from kbit_inductor.lowering.requirements import fp8_problem
 from kbit_inductor.packing import operand_specs, plane_operands
 from kbit_inductor.passes.values import call_fake
 from kbit_inductor.side import Side, side_specs, with_shift, with_term
-from kbit_inductor.store import Form, Slot, form
+from kbit_inductor.weights.store import Form, Slot, form
 
 aten = torch.ops.aten
 

@@ -24,7 +24,7 @@ from kbit_inductor.passes.rewriter import (
     packed_batched_linear,
     packed_grouped_linear,
 )
-from kbit_inductor.views import Strides, first_matrix, transposed
+from kbit_inductor.weights.views import Strides, first_matrix, transposed
 
 aten = torch.ops.aten
 EMBEDDINGS = (functional.embedding, functional.embedding_bag)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from kbit_inductor._compat import OpOverload
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Use
 from kbit_inductor.passes.values import call_fake
-from kbit_inductor.views import Strides, WeightView, transposed
+from kbit_inductor.weights.views import Strides, WeightView, transposed
 
 aten = torch.ops.aten
 

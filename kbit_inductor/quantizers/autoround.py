@@ -2,7 +2,8 @@
 
 Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (SignRound, 2023; AutoRound). Theirs moves the ends of the full
 range of a group; here scale and offset move, and the search of :mod:`.clip` tells where they begin. What the error is, is not said
-here: whoever has the model minimizes that of a block's output (:mod:`kbit_inductor.reconstruct`), and hands the codes back.
+here: whoever has the model minimizes that of a block's output (:mod:`kbit_inductor.calibrating.reconstruct`), and hands the codes
+back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.quantizers.clip import clip
 from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.grid import Quantized, round_to_half
-from kbit_inductor.quantizers.learned import Learned, error_of, learned_or_gptq
+from kbit_inductor.quantizers.learned import Learned, error_of
+from kbit_inductor.quantizers.learned_or_gptq import learned_or_gptq
 from kbit_inductor.quantizers.statistics import Statistics
 
 SCALE_RATE = 0.2  # of the rate of the rounding: a scale moves all values of its group

@@ -2,7 +2,7 @@
 
 Chen et al., "EfficientQAT" (2024): of its two phases the second, which trains scales alone, end to end, with the codes held fixed.
 Here the offsets are trained too, and the aim is not the next token of a text but the float model's own prediction, so that little
-text is enough. Whoever has the model trains (:mod:`kbit_inductor.distillation`), and hands the grids back.
+text is enough. Whoever has the model trains (:mod:`kbit_inductor.calibrating.distillation`), and hands the grids back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from kbit_inductor.quantizers.autoround import through
 from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.gptq import gptq
 from kbit_inductor.quantizers.grid import Quantized, round_to_half
-from kbit_inductor.quantizers.learned import Learned, error_of, learned_or_gptq
+from kbit_inductor.quantizers.learned import Learned, error_of
+from kbit_inductor.quantizers.learned_or_gptq import learned_or_gptq
 from kbit_inductor.quantizers.statistics import Statistics
 
 

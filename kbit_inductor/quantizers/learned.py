@@ -1,4 +1,4 @@
-"""Codes that were learned elsewhere, with the model at hand, for one weight, and how a quantizer hands them out."""
+"""Codes that were learned elsewhere, with the model at hand, for one weight."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from kbit_inductor.kernels.layout import unpack_codes
-from kbit_inductor.logs import logger
 from kbit_inductor.quantizers.format import Format
-from kbit_inductor.quantizers.gptq import gptq
 from kbit_inductor.quantizers.grid import Quantized, ratio
-from kbit_inductor.quantizers.statistics import Statistics
 
-log = logger("pack")
 SAME = 1e-6  # relative difference of errors, sums in another order
 
 
@@ -40,22 +36,6 @@ class Learned:
         scale, offset, global_scale = (None if part is None else part.to(weight.device) for part in grid)
         made = Quantized(codes, scale, offset, global_scale, found.error)  # type: ignore[arg-type]
         return made if math.isclose(error_of(weight, made, format), found.error, rel_tol=SAME) else None
-
-
-def learned_or_gptq(name: str, weight: Tensor, format: Format, statistics: Statistics | None) -> Quantized:
-    """What the quantizer ``name`` gives: the codes learned for ``weight`` ``[N, K]``; where there are none, those of ``"gptq"``."""
-    learned = None if statistics is None else statistics.learned
-    if learned is None:
-        return gptq(weight, format, statistics)
-    found = learned.of(weight, format)
-    if found is None:
-        log.warning(
-            "%s: what was learned for a weight of shape %s is of another format or weight; quantizing it by 'gptq'. "
-            "Calibrate the model as it is, with the options it is to be quantized with",
-            name, tuple(weight.shape),
-        )  # fmt: skip
-        return gptq(weight, format, statistics)
-    return found
 
 
 def error_of(weight: Tensor, quantized: Quantized, format: Format) -> float:

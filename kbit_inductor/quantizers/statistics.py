@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kbit_inductor.quantizers.learned import Learned
+from kbit_inductor.quantizers.learned import Learned
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,12 @@ from kbit_inductor.debug.exact import Exact, widen
 from kbit_inductor.debug.inspector import WORSE
 from kbit_inductor.debug.trial import distance, isolated, leaves
 from kbit_inductor.packing import PackedWeight, pack
-from kbit_inductor.store import STORE, Slot
 from kbit_inductor.testing.bounds import Grid
 from kbit_inductor.testing.nodes import Checking, NodeError
 from kbit_inductor.testing.oracles import dequantized_copy
 from kbit_inductor.testing.quantizers import NO_WORSE
 from kbit_inductor.testing.rewriting import Rewritten, fresh_call, rewrite
+from kbit_inductor.weights.store import STORE, Slot
 
 
 def assert_equivalent(

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from kbit_inductor.store import STORE
+from kbit_inductor.weights.store import STORE
 
 
 def dequantized_copy(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from kbit_inductor.models.importers import awq, bitsandbytes, compressed, gptq, 
 from kbit_inductor.models.importers.coded import CodedWeight
 from kbit_inductor.models.importers.tensors import Checkpoint, Layer, as_kind, read_json
 from kbit_inductor.progress import Progress
-from kbit_inductor.release import trim_heap
+from kbit_inductor.weights.release import trim_heap
 
 log = logger("pack")
 

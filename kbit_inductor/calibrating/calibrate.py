@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor.calibrating.distillation import distill
+from kbit_inductor.calibrating.reconstruct import learn
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config
-from kbit_inductor.distillation import distill
 from kbit_inductor.errors import EmptyCalibrationError, InvalidOptionError, NonFiniteActivationError
 from kbit_inductor.logs import logger
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
 from kbit_inductor.quantizers.registry import LEARNING, WITH_HESSIAN
-from kbit_inductor.reconstruct import learn
 
 log = logger("pack")
 MAX_LENGTH = 512  # tokens of a text

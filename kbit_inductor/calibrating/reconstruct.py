@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kbit_inductor.calibrating.resume import Resume, ToLearn
 from kbit_inductor.config import Config
 from kbit_inductor.ends import ends_of_model
 from kbit_inductor.logs import logger
@@ -27,8 +28,7 @@ from kbit_inductor.packing import PackedWeight, check_finite, pack
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Learned, LearnedRounding, Statistics
 from kbit_inductor.quantizers.gptq import one_thread
-from kbit_inductor.resume import Resume, ToLearn
-from kbit_inductor.substitution import substituted
+from kbit_inductor.weights.substitution import substituted
 
 log = logger("pack")
 STEPS = 200

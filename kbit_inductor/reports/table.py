@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group
@@ -11,16 +10,14 @@ from rich.table import Table
 
 from kbit_inductor import alike
 from kbit_inductor.quantizers import CODEBOOK_NAMES
-
-if TYPE_CHECKING:
-    from kbit_inductor.explain import Explanation, LayerReport
+from kbit_inductor.reports.findings import Findings, LayerReport
 
 NAMED = 3  # rows that a note names; of more it tells how many layers they are
 TITLES = ("layer", "shape", "bits", "group", "kernel", "expected", "bytes", "packed", "max error")
 SHARED = ("group", "kernel")  # told in one line where all packed layers have the same
 
 
-def table(found: Explanation) -> Group:
+def table(found: Findings) -> Group:
     """The layers, and notes on them."""
     rows = alike.rows(found.layers, lambda layer: layer.name, lambda layer: (layer.uses, layer.reasons, *_kind(layer).values()))
     lines = [{"layer": line} | ({} if row is None else _kind(row.items[0]) | _sizes(row.items)) for line, row in alike.lines(rows)]
@@ -60,12 +57,12 @@ def _sizes(layers: Sequence[LayerReport]) -> dict[str, str]:
     return {"bytes": f"{before:,}", "packed": f"{after:,}", "max error": f"{max(errors):.2g}" if errors else ""}
 
 
-def _shared(found: Explanation) -> dict[str, str]:
+def _shared(found: Findings) -> dict[str, str]:
     cells = [_kind(layer) for layer in found.matched]
     return {title: cells[0][title] for title in SHARED if len({each[title] for each in cells}) == 1}
 
 
-def _notes(found: Explanation, shared: Mapping[str, str]) -> Iterator[str]:
+def _notes(found: Findings, shared: Mapping[str, str]) -> Iterator[str]:
     if shared:
         yield "all that are packed: " + ", ".join(f"{title} {value}" for title, value in shared.items())
     breaks = "; ".join(f"{reason.splitlines()[0]} ({count})" for reason, count in found.graph_breaks.items()) or "none"

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kbit_inductor.calibrating.reconstruct import layers_to_learn, without_cache
+from kbit_inductor.calibrating.resume import Resume, ToLearn
 from kbit_inductor.config import Config
 from kbit_inductor.logs import logger
 from kbit_inductor.outputs import divergence, rows_of
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import Learned, Statistics, TunedGrids
 from kbit_inductor.quantizers.gptq import one_thread
-from kbit_inductor.reconstruct import layers_to_learn, without_cache
-from kbit_inductor.resume import Resume, ToLearn
 
 log = logger("pack")
 STEPS = 32

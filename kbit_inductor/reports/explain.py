@@ -1,4 +1,4 @@
-"""What the backend does with a model, layer by layer, as an object and as a table."""
+"""What the backend does with a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,91 +14,30 @@ import torch
 from rich.console import Console, Group
 from torch import Tensor, fx, nn
 
-from kbit_inductor import backend, explain_table
+from kbit_inductor import backend
 from kbit_inductor._compat import graph_breaks
 from kbit_inductor.capture import Context, Use
-from kbit_inductor.config import Config, LayerConfig
+from kbit_inductor.config import Config
 from kbit_inductor.errors import KbitError, ModelCallError
-from kbit_inductor.expectation import Clock, Expectation
-from kbit_inductor.explain_page import Steps, render
 from kbit_inductor.models.modules import PackedMatrix, matrix_of
 from kbit_inductor.packing import PackedWeight
-from kbit_inductor.release import is_released
-from kbit_inductor.store import STORE, Slot
-from kbit_inductor.views import WeightView
+from kbit_inductor.reports.expectation import Clock
+from kbit_inductor.reports.findings import Findings, LayerReport
+from kbit_inductor.reports.page import Steps, render
+from kbit_inductor.reports.table import table
+from kbit_inductor.weights.release import is_released
+from kbit_inductor.weights.store import STORE, Slot
+from kbit_inductor.weights.views import WeightView
 
 Key = tuple[int, "str | None", WeightView]
 """The identity of a parameter, what is computed from it, and the part of that: one matrix of the model."""
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One weight matrix of the model.
-
-    Attributes:
-        name: of the layer.
-        shape: ``(N, K)`` of the matrix, ``(E, N, K)`` of a batch, or the parameter's shape where it is not matched.
-        matched: whether a packed form takes its place.
-        reasons: why not, or why its floats are needed besides, what the quantizer does without, or why it has more bits.
-        uses: how it is used, ``"linear"``, ``"embedding"``, ``"batched_linear"`` or ``"grouped_linear"``, once for each node.
-        config: bits, group size and so on; None when not matched.
-        bytes_before: of the float matrix.
-        bytes_after: of the packed one, scales included; as before when not matched.
-        error: squared error over squared norm.
-        kernels: chosen for each of ``uses``.
-        rejected: by kernel name, why the others were not chosen.
-        expected: how long each of ``uses`` is expected to take, on a GPU or where a device was asked for.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    matched: bool
-    reasons: tuple[str, ...] = ()
-    uses: tuple[str, ...] = ()
-    config: LayerConfig | None = None
-    bytes_before: int = 0
-    bytes_after: int = 0
-    error: float = 0.0
-    kernels: tuple[str, ...] = ()
-    rejected: Mapping[str, str] = field(default_factory=dict)
-    expected: tuple[Expectation, ...] = ()
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The answer of :func:`explain`. ``print`` it, or give it to a rich console.
-
-    Attributes:
-        layers: one report for each weight matrix, matched or not.
-        graphs: how many graphs Dynamo made.
-        graph_breaks: reason to count.
-        fusions: kind (``"siblings"``, ``"norm"``, ``"chained"``, …) to how many calls became part of another one.
-    """
-
-    layers: tuple[LayerReport, ...]
-    graphs: int
-    graph_breaks: Mapping[str, int]
-    fusions: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def matched(self) -> tuple[LayerReport, ...]:
-        """The layers that are packed."""
-        return tuple(layer for layer in self.layers if layer.matched)
-
-    @property
-    def seconds(self) -> float:
-        """What all products and look-ups on packed weights are expected to take, one after the other; 0 where none is known."""
-        return sum(each.seconds for layer in self.layers for each in layer.expected)
-
-    def layer(self, name: str) -> LayerReport:
-        """The report of the layer ``name``; KeyError when there is none."""
-        for report in self.layers:
-            if report.name == name:
-                return report
-        raise KeyError(name)
+class Explanation(Findings):
+    """The answer of :func:`explain`. ``print`` it, or give it to a rich console."""
 
     def __rich__(self) -> Group:
-        return explain_table.table(self)
+        return table(self)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from kbit_inductor.errors import ReleasedWeightError
-from kbit_inductor.release import give_memory, is_released
-from kbit_inductor.store import STORE
-from kbit_inductor.views import Strides, covers
+from kbit_inductor.weights.release import give_memory, is_released
+from kbit_inductor.weights.store import STORE
+from kbit_inductor.weights.views import Strides, covers
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.packing import PackedWeight
-from kbit_inductor.store import PackedWeights, Slot
+from kbit_inductor.weights.store import PackedWeights, Slot
 
 Known = list[weakref.ref[PackedWeight]]
 

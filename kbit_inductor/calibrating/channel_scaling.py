@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from kbit_inductor.calibrate import batches, calibrate
+from kbit_inductor.calibrating.calibrate import batches, calibrate
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.capture import layer_name
 from kbit_inductor.config import Config, LayerConfig

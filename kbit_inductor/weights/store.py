@@ -22,19 +22,19 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kbit_inductor import addresses
 from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import LayerConfig
-from kbit_inductor.derivation import Derivation
 from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
 from kbit_inductor.quantizers.registry import WITH_HESSIAN
-from kbit_inductor.release import Owners, is_released, release
-from kbit_inductor.views import WeightView
+from kbit_inductor.weights import addresses
+from kbit_inductor.weights.derivation import Derivation
+from kbit_inductor.weights.release import Owners, is_released, release
+from kbit_inductor.weights.views import WeightView
 
 log = logger("pack")
 REPACKS_BEFORE_WARNING = 3

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from kbit_inductor.capture import Context
 from kbit_inductor.passes.record import Pass
-
-if TYPE_CHECKING:
-    from kbit_inductor.explain import Explanation, LayerReport
+from kbit_inductor.reports.findings import Findings, LayerReport
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -83,7 +80,7 @@ class Steps:
         self.graphs[-1].append(Step(each.name, each.tier, seconds, str(gm.graph)))
 
 
-def render(explanation: Explanation, graphs: Sequence[Sequence[Step]]) -> str:
+def render(explanation: Findings, graphs: Sequence[Sequence[Step]]) -> str:
     """The page: layers with a search over them, and each graph before and after each pass that changed it."""
     layers = explanation.layers
     before, after = (sum(getattr(layer, key) for layer in layers) for key in ("bytes_before", "bytes_after"))

@@ -1,0 +1,1 @@
+"""What running a model on data tells the quantizers: statistics, learned codes and levels, scaled channels."""
