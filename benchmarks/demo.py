@@ -31,15 +31,15 @@ from kbit_inductor.kernels.cpu import build
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "demo-output"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "demo.md"
 MODEL = "SmolLM2-135M-Instruct"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     console = Console()
-    if options.readme:
-        report.write_readme(json.loads((options.output / "results.json").read_text(encoding="utf-8")), README)
+    if options.docs:
+        report.write(json.loads((options.output / "results.json").read_text(encoding="utf-8")), PAGE)
         return
     with tempfile.TemporaryDirectory(prefix="kbit-demo-") as folder:
         results = run(options, Path(folder), console)
@@ -163,7 +163,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=40, help="tokens to generate (default: 40)")
     parser.add_argument("--whole", action="store_true", help="compile the model as one graph, a minute or more for each row")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for results.json and bits.png")
-    parser.add_argument("--readme", action="store_true", help="measure nothing; write the results there are into README.md")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write the results there are into docs/demo.md")
     return parser.parse_args(arguments)
 
 

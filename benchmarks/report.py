@@ -1,4 +1,4 @@
-"""The demo's results as a table, as JSON, as a picture, and as a block of README.md."""
+"""The demo's results as a table, as JSON, as a picture, and as a block of docs/demo.md."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _level(axes: Axes, value: float, text: str) -> None:
 
 
 def markdown(results: Results) -> str:
-    """The table and its notes for README.md."""
+    """The table and its notes for a document."""
     head = [f"{title}, {unit}" if unit else title for title, unit in zip(COLUMNS, UNITS, strict=True)]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *(cells(row) for row in results["rows"])]
     machine = results["machine"]
@@ -143,11 +143,11 @@ def markdown(results: Results) -> str:
     return "\n".join([caption, "", *rows, "", *(f"* {note}" for note in notes(results))])
 
 
-def write_readme(results: Results, readme: Path) -> None:
-    """Replace what stands between the two markers in ``readme``."""
-    text = readme.read_text(encoding="utf-8")
+def write(results: Results, document: Path) -> None:
+    """Replace what stands between the two markers in ``document``."""
+    text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{readme.name} has no lines {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{document.name} has no lines {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")

@@ -223,14 +223,14 @@ def test_tables_show_every_row(quick: tuple[dict[str, Any], Path], tmp_path: Pat
     document = tmp_path / "benchmarks.md"
     document.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     for _ in range(2):
-        tables.write(results, document)
+        tables.write(tables.report(results, document.parent), document)
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     for row in results["layers"]["rows"] + results["smollm2"]["rows"]:
         assert row["contender"] in printed and f"| {row['contender']} |" in text
     document.write_text("no markers")
     with pytest.raises(SystemExit, match="no lines"):
-        tables.write(results, document)
+        tables.write(tables.report(results, document.parent), document)
     assert tables.BEGIN in (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 

@@ -124,18 +124,18 @@ def test_table_json_and_picture(rows: list[measure.Row], tmp_path: Path, capsys:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_block_is_replaced(rows: list[measure.Row], tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+def test_block_of_a_page_is_replaced(rows: list[measure.Row], tmp_path: Path) -> None:
+    page = tmp_path / "demo.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):
-        report.write_readme(as_results(rows), readme)
-    text = readme.read_text()
+        report.write(as_results(rows), page)
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "old" not in text and text.count("| kbit 8 bits |") == 1
-    readme.write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(SystemExit, match="no lines"):
-        report.write_readme(as_results(rows), readme)
-    assert report.BEGIN in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+        report.write(as_results(rows), page)
+    assert report.BEGIN in (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
 
 
 def test_text_and_licence_are_carried() -> None:

@@ -2,7 +2,7 @@
 
 Writes ``benchmarks/results/cpu.json`` after each part, prints tables, and draws ``docs/cpu-layers.png`` and
 ``docs/cpu-decode.png``. ``--docs`` measures nothing and writes the tables of the results that are there into
-``docs/benchmarks.md``. ``--json``, ``--pictures`` and ``--document`` name other files, for another machine.
+``docs/benchmarks.md``, ``--readme`` the language model's into ``README.md``. ``--json``, ``--pictures`` and ``--document`` name other files, for another machine.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
-    if options.docs:
-        tables.write(json.loads(options.json.read_text(encoding="utf-8")), options.document)
+    if options.docs or options.readme:
+        results = json.loads(options.json.read_text(encoding="utf-8"))
+        if options.docs:
+            tables.write(tables.report(results, options.document.parent), options.document)
+        if options.readme:
+            tables.write(tables.summary(results), REPOSITORY / "README.md")
         return
     results = run(options, console)
     for grid in tables.grids(results):
@@ -161,6 +165,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS, help="file of the results")
     parser.add_argument("--pictures", type=Path, default=REPOSITORY / "docs", help="folder of the pictures")
     parser.add_argument("--docs", action="store_true", help="measure nothing; write the tables into the document")
+    parser.add_argument("--readme", action="store_true", help="measure nothing; write the language model's table into README.md")
     parser.add_argument("--document", type=Path, default=REPOSITORY / "docs" / "benchmarks.md", help="file that --docs writes into")
     return parser.parse_args(arguments)
 

@@ -52,16 +52,37 @@ def markdown(grid: Grid) -> str:
     return "\n".join([f"**{grid.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), "", *notes]).rstrip()
 
 
-def write(results: Results, document: Path) -> None:
+def write(found: str, document: Path) -> None:
     """Replace what stands between the two markers in ``document``."""
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{document.name} has no lines {BEGIN} and {END}")
-    pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if (document.parent / name).exists()]
-    blocks = [_machine(results), *pictures, *map(markdown, grids(results))]
-    document.write_text(f"{before}{BEGIN}\n" + "\n\n".join(blocks) + f"\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}", encoding="utf-8")
+
+
+def report(results: Results, folder: Path) -> str:
+    """All tables for a document in ``folder``, and the pictures that are there."""
+    pictures = [f"![{title}]({name})" for name, title in PICTURES.items() if (folder / name).exists()]
+    return "\n\n".join([_machine(results), *pictures, *map(markdown, grids(results))])
+
+
+def summary(results: Results) -> str:
+    """The language model alone, for README.md."""
+    part = results["smollm2"]
+    rows = [
+        [
+            row["contender"].replace("kbit-", "kbit, bits: "),
+            f"{row['weight_bytes'] / 1e6:.1f}",
+            f"{1 / row['token_seconds']:.0f}",
+            f"{part['protocol']['window'] / row['window_seconds']:.0f}",
+        ]
+        for row in part["rows"]
+        if not row["contender"].startswith("transformers-")
+    ]
+    head = ("", "weights, MB", "decode, tok/s", f"prompt of {part['protocol']['window']}, tok/s")
+    return "\n\n".join([_machine(results), markdown(Grid(part["model"], head, rows))])
 
 
 def _machine(results: Results) -> str:
