@@ -61,7 +61,8 @@ def _kbit(folder: Path, way: str, kind: str, length: int) -> Loaded:
     write = model.generate if way == "transformers" else generator.generate
 
     def generate(tokens: list[int], new: int) -> list[int]:
-        texts = write(torch.tensor([tokens]), max_new_tokens=new, **more)
+        ids = torch.tensor([tokens])
+        texts = write(ids, max_new_tokens=new, attention_mask=torch.ones_like(ids), **more)  # else padding is guessed from tokens
         return list(texts[0, len(tokens) :].tolist())
 
     _warm_up(generate, length)
