@@ -2,7 +2,8 @@
 
 Writes ``benchmarks/results/cpu.json`` after each part, prints tables, and draws ``docs/cpu-layers.png`` and
 ``docs/cpu-decode.png``. ``--docs`` measures nothing and writes the tables of the results that are there into
-``docs/benchmarks.md``, ``--readme`` the language model's into ``README.md``. ``--json``, ``--pictures`` and ``--document`` name other files, for another machine.
+``docs/benchmarks.md``, ``--readme`` the language model's into ``README.md``. ``--json``, ``--pictures`` and ``--document``
+name other files, for another machine.
 """
 
 from __future__ import annotations
