@@ -76,7 +76,8 @@ from kbit_inductor.passes.record import Pass
 from kbit_inductor.passes.registry import register_pass
 from kbit_inductor.precision import precision
 from kbit_inductor.quantizers import register_quantizer
-from kbit_inductor.reports.explain import Explanation, LayerReport, explain
+from kbit_inductor.reports.explain import Explanation, explain
+from kbit_inductor.reports.findings import LayerReport
 from kbit_inductor.scaling import scaling
 from kbit_inductor.weights.restore import restore_
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import kbit_inductor as kbit
 from kbit_inductor.lowering.registry import KERNELS
-from kbit_inductor.reports.explain import LayerReport
+from kbit_inductor.reports.findings import LayerReport
 
 
 class Model(nn.Module):
