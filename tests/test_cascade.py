@@ -17,6 +17,7 @@ from kbit_inductor import LayerConfig
 from kbit_inductor.kernels.cpu import build
 from kbit_inductor.packing import PackedWeight, operand_specs, pack
 from kbit_inductor.quantizers import Format, Statistics, cascade, clip
+from kbit_inductor.weights.store import STORE
 
 build.load()
 ISAS = torch.ops.kbit.isas_cpu()
@@ -171,12 +172,12 @@ def test_precision_changes_without_compiling_or_packing_again(model, how):
     )
     compiled(tokens)
     graphs = counters["stats"]["unique_graphs"]
-    nbytes = kbit.store.STORE.nbytes()
+    nbytes = STORE.nbytes()
     for bits in (3, 8, 1, 5):
         with kbit.precision(bits):
             assert torch.allclose(compiled(tokens), of_bits(packed, bits)(tokens), atol=1e-5)
     assert torch.allclose(compiled(tokens), packed(tokens), atol=1e-5)
-    assert counters["stats"]["unique_graphs"] == graphs and kbit.store.STORE.nbytes() == nbytes
+    assert counters["stats"]["unique_graphs"] == graphs and STORE.nbytes() == nbytes
 
 
 def test_precision_of_a_layer(model):

@@ -438,7 +438,7 @@ def test_explain_tells_times_and_bounds() -> None:
     asked = dataclasses.replace(problem(3, 256, 512, 64, torch.float32), activation_bits=16)
     assert (first.seconds, first.bound) == (expected(TRITON, asked, H200, 3).seconds, expected(TRITON, asked, H200, 3).bound)
     assert report.seconds == sum(each.seconds for layer in report.layers for each in layer.expected)
-    assert "expected on H200" in str(report) and f"{1e6 * first.seconds:.3g} µs" in str(report).replace("\n", " ")
+    assert "  H200 by triton: " in str(report) and f"{1e6 * first.seconds:.3g} µs" in str(report).replace("\n", " ")
     assert kbit.explain(model, x).seconds == 0
     kbit.quantize_(model, {"bits": 3})
     assert [layer.expected[0].m for layer in kbit.explain(model, x, device="l4").layers] == [1, 1]

@@ -52,8 +52,7 @@ def anchors(page: Path) -> set[str]:
 ALL = [snippet for page in PAGES for snippet in snippets(page)]
 
 
-def test_every_page_has_snippets() -> None:
-    assert {snippet.page for snippet in ALL} == set(PAGES)
+def test_every_snippet_is_found() -> None:
     fences = sum(page.read_text(encoding="utf-8").count("```python") for page in PAGES)
     assert len(ALL) == fences
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import kbit_inductor as kbit
 from kbit_inductor.testing import assert_equivalent, rewrite
+from kbit_inductor.weights.store import STORE
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 OPTIONS = {"bits": 4, "group_size": 16, "min_elements": 0, "activation_bits": 16}
@@ -94,9 +95,9 @@ def test_a_changed_code_or_scale_is_packed_again() -> None:
     (graph,) = rewrite(model, x, config=OPTIONS)
     (slot,) = graph.context.slots
     for change in (lambda: model.codes.add_(1), lambda: model.scale.mul_(2)):
-        before = kbit.store.STORE.pack(graph.inputs, slot)
+        before = STORE.pack(graph.inputs, slot)
         change()
-        again = kbit.store.STORE.pack(graph.inputs, slot)
+        again = STORE.pack(graph.inputs, slot)
         assert again is not before and torch.equal(again.dequantize(), EXACT["rows"][0](model))
 
 
