@@ -73,7 +73,7 @@ def compiled(model: PreTrainedModel, variant: str, whole: bool) -> Callable[...,
 def _arguments(variant: str) -> dict[str, Any]:
     if variant == "inductor":
         return {}
-    return {"backend": "kbit", "options": {"bits": int(variant), "release_weights": True}}
+    return {"backend": "kbit", "options": {"bits": int(variant), "end_bits": 1, "release_weights": True}}
 
 
 def perplexity(call: Callable[..., Any], inputs: Inputs) -> tuple[float, float]:
