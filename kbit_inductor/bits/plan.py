@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from kbit_inductor import alike
 from kbit_inductor.atomic import replacing
 from kbit_inductor.config import Config
 from kbit_inductor.errors import UnmatchedOverrideError
+from kbit_inductor.printed import printed
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ class Plan:
         return Group(title, drawn, *([] if each else ["why, layer by layer: in the plan as JSON"]), self.verdict)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return printed(self)
 
 
 def _cells(layers: Sequence[PlannedLayer]) -> list[str]:

@@ -8,14 +8,12 @@ error of the outputs, as calibration knows it.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
@@ -26,6 +24,7 @@ from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import EmptyCalibrationError
 from kbit_inductor.packing import pack
 from kbit_inductor.passes.preceding import Preceding, preceding
+from kbit_inductor.printed import printed
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
 from kbit_inductor.quantizers.registry import WITH_HESSIAN
@@ -68,9 +67,7 @@ class ChannelScaling:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return printed(self)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from torch import Tensor, fx, nn
 
 from kbit_inductor import backend
@@ -21,6 +20,7 @@ from kbit_inductor.config import Config
 from kbit_inductor.errors import KbitError, ModelCallError
 from kbit_inductor.models.modules import PackedMatrix, matrix_of
 from kbit_inductor.packing import PackedWeight
+from kbit_inductor.printed import printed
 from kbit_inductor.reports.expectation import Clock
 from kbit_inductor.reports.findings import Findings, LayerReport
 from kbit_inductor.reports.page import Steps, render
@@ -40,9 +40,7 @@ class Explanation(Findings):
         return table(self)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=160)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return printed(self)
 
 
 def explain(
