@@ -91,7 +91,17 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[InputType], mode: str) -> C
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(list_mode_options(mode)) or None
-    return cast("Callable[..., Any]", compile_fx(graph, list(inputs), config_patches=patches))
+    compiled = compile_fx(graph, list(inputs), config_patches=patches)
+    _let_go_of_graph(compiled)
+    return cast("Callable[..., Any]", compiled)
+
+
+def _let_go_of_graph(compiled: Any) -> None:
+    """AOTAutograd hangs three methods of the graph's module to its result for convenience, which keep every node and its traces."""
+    while compiled is not None:
+        for name in ("zero_grad", "named_parameters", "named_buffers"):
+            vars(compiled).pop(name, None)
+        compiled = vars(compiled).get("_torchdynamo_orig_callable")
 
 
 def scoped_library(namespace: str, kind: str) -> contextlib.AbstractContextManager[torch.library.Library]:

@@ -36,8 +36,10 @@ class Captured:
         # Of a code object of its own, since Dynamo counts and keeps what it compiles by code object.
         code = function.__code__.replace()
         function = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+        # Guards would never be looked at.
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         with torch.no_grad(), no_size_asserts():
-            torch.compile(function, backend=self._backend, fullgraph=True)(*examples)
+            torch.compile(function, backend=self._backend, fullgraph=True, options=options)(*examples)
         kept = [self._arguments[i] for i in self._compiled.kept]
         self._places = [[i for i, value in enumerate(kept) if value is example] for example in examples]
         self._size_places = [i for i, value in enumerate(kept) if isinstance(value, int)]
