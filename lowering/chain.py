@@ -33,6 +33,7 @@ class Product:
     gated: bool
     residual: Position
     activation_bits: int
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Append:
 
 
 Call = Product | Attention | Append
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS: tuple[type[Call], ...] = (Attention, Product, Append)
 
 
@@ -93,7 +95,8 @@ def encode(steps: Sequence[Step]) -> tuple[list[int], list[float], list[str]]:
 def _operands(call: Call) -> list[int]:
     if isinstance(call, Product):
         rows = [number for row in zip(call.weights, call.biases, call.rows, strict=True) for number in row]
-        return [call.x, call.activation_bits, call.norm_weight, call.residual, call.gated, len(call.weights), *rows]
+        dtype = NONE if call.dtype is None else DTYPES.index(call.dtype)
+        return [call.x, call.activation_bits, call.norm_weight, call.residual, call.gated, dtype, len(call.weights), *rows]
     if isinstance(call, Attention):
         return [call.query, call.key, call.value, call.mask]
     sources = zip((call.query, call.key, call.value), call.columns, strict=True)
@@ -120,10 +123,11 @@ def _step(read: Iterator[int], number: float, activation: str) -> Step:
     if kind is Append:
         query, q, key, k, value, v, *rest = (next(read) for _ in range(11))
         return Step(Append(query, key, value, (q, k, v), *rest), returned)
-    x, activation_bits, norm_weight, residual, gated, count = (next(read) for _ in range(6))
+    x, activation_bits, norm_weight, residual, gated, dtype, count = (next(read) for _ in range(7))
     operands = [(next(read), next(read), next(read)) for _ in range(count)]
     weights, biases, rows = zip(*operands, strict=True)
-    product = Product(x, norm_weight, number, weights, biases, rows, activation, bool(gated), residual, activation_bits)
+    rounded = None if dtype == NONE else DTYPES[dtype]
+    product = Product(x, norm_weight, number, weights, biases, rows, activation, bool(gated), residual, activation_bits, rounded)
     return Step(product, returned)
 
 
@@ -155,7 +159,7 @@ def _results(values: Sequence[Tensor], call: Call, operators: Operators, starts:
         return [
             operators.product(
                 at(call.x), at(call.norm_weight), call.eps, [at(i) for i in call.weights], [at(i) for i in call.biases],
-                list(call.rows), call.activation, call.gated, at(call.residual), call.activation_bits,
+                list(call.rows), call.activation, call.gated, at(call.residual), call.activation_bits, call.dtype,
             )
         ]  # fmt: skip
     if isinstance(call, Attention):

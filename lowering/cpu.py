@@ -20,10 +20,11 @@ SCHEMAS = {
     "linear_cpu": "(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits) -> Tensor",
     # linear_cpu of a weight that was packed before the graph was captured: the group size tells the passes what they may merge.
     "tiled_linear_cpu": "(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits, int group_size) -> Tensor",
-    # residual + activation(rms_norm(x) @ W.T + bias), all weights' side by side; or, gated, activation(first) * second.
+    # residual + activation(rms_norm(x) @ W.T + bias), all weights' side by side; or, gated, activation(first) * second. Computed in
+    # float32 and rounded once, to `dtype` or that of x.
     "fused_linear_cpu": (
         "(Tensor x, Tensor? norm_weight, float eps, Tensor[] weights, Tensor?[] biases, int[] rows, str activation, bool gated, "
-        "Tensor? residual, int activation_bits) -> Tensor"
+        "Tensor? residual, int activation_bits, ScalarType? dtype=None) -> Tensor"
     ),
     "embedding_cpu": "(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
     # Attention of a few queries over a cache: softmax(scale * query @ key.T + mask) @ value, [B, H, M, D] over [B, H / n, L, D].
@@ -95,8 +96,9 @@ def _fused_fake(
     gated: bool,
     residual: Tensor | None,
     activation_bits: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(rows) // (2 if gated else 1)))
+    return x.new_empty((*x.shape[:-1], sum(rows) // (2 if gated else 1)), dtype=dtype)
 
 
 def _embedding_fake(indices: Tensor, weight: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:

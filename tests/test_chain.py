@@ -35,7 +35,7 @@ OPERATORS = chains.Operators(KBIT.fused_linear_cpu, KBIT.attention_cpu, KBIT.app
 products = st.builds(
     lambda operands, **rest: chains.Product(weights=operands[0], biases=operands[1], rows=operands[2], **rest),
     operands, x=positions, norm_weight=positions, eps=numbers, activation=st.sampled_from(["", "silu"]), gated=st.booleans(),
-    residual=positions, activation_bits=st.integers(1, 16),
+    residual=positions, activation_bits=st.integers(1, 16), dtype=st.none() | st.sampled_from(chains.DTYPES),
 )  # fmt: skip
 attentions = st.builds(chains.Attention, positions, positions, positions, positions, numbers)
 appends = st.builds(chains.Append, *[positions] * 3, st.tuples(positions, positions, positions), *[positions] * 5)
@@ -83,7 +83,8 @@ class Chain:
         biases = tuple(self.add(torch.randn(n)) if kind % 3 == 0 else chains.NONE for n in parts)
         norm = self.add(torch.rand(columns)) if kind % 3 == 1 else chains.NONE
         residual = self.add(torch.randn(*shape, rows)) if kind % 3 == 2 else chains.NONE
-        return chains.Product(x, norm, 1e-5, weights, biases, tuple(parts), "silu" if gated else "", gated, residual, 8)
+        dtype = chains.DTYPES[kind % 3] if kind > 3 else None  # the last of all
+        return chains.Product(x, norm, 1e-5, weights, biases, tuple(parts), "silu" if gated else "", gated, residual, 8, dtype)
 
     def steps(self, returned: list[bool]) -> list[chains.Step]:
         results = {self.result(step): len(self.inputs) + step for step in range(len(self.drafts))}
@@ -111,7 +112,7 @@ def test_a_chain_gives_bit_for_bit_what_its_calls_give(batch, queries, widths, w
     actual = with_threads(threads, KBIT.chain_cpu, chain.inputs, *chains.encode(steps))
     assert len(actual) == sum(returned[: len(steps)])
     for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == dtype and a.is_contiguous()
+        assert a.dtype == e.dtype and a.is_contiguous()
         torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
 
 

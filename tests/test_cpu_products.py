@@ -308,6 +308,8 @@ def test_an_instruction_set_is_named_by_the_environment(name):
     bits=st.lists(bit_widths, min_size=4, max_size=4),
     codebooks=st.lists(st.booleans(), min_size=4, max_size=4),
     dtype=dtypes,
+    wanted=st.none() | dtypes,
+    added=dtypes,
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     gated=st.booleans(),
     with_norm=st.booleans(),
@@ -316,7 +318,7 @@ def test_an_instruction_set_is_named_by_the_environment(name):
     seed=st.integers(0, 2**31),
 )
 def test_fused_is_the_sum_of_its_parts(
-    isa, batch, columns, rows, bits, codebooks, dtype, activation, gated, with_norm, with_bias, with_residual, seed
+    isa, batch, columns, rows, bits, codebooks, dtype, wanted, added, activation, gated, with_norm, with_bias, with_residual, seed
 ):
     torch.manual_seed(seed)
     if gated:
@@ -329,10 +331,10 @@ def test_fused_is_the_sum_of_its_parts(
     norm = torch.rand(columns).to(dtype) if with_norm else None
     biases = [torch.randn(n).to(dtype) if with_bias else None for n in rows]
     width = sum(rows) // (2 if gated else 1)
-    residual = torch.randn(2, batch, width).to(dtype) if with_residual else None
+    residual = torch.randn(2, batch, width).to(added) if with_residual else None
     with forced(isa):
         y = torch.ops.kbit.fused_linear_cpu(
-            x, norm, 1e-5, [w.tiled for w in weights], biases, rows, activation, gated, residual, 16
+            x, norm, 1e-5, [w.tiled for w in weights], biases, rows, activation, gated, residual, 16, wanted
         )
     source = x.double() if norm is None else torch.nn.functional.rms_norm(x.double(), (columns,), norm.double(), 1e-5)
     parts = [source @ w.dense().t() + (0 if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
@@ -342,10 +344,10 @@ def test_fused_is_the_sum_of_its_parts(
     scale = magnitude[0] * magnitude[1] if gated else torch.cat(magnitude, -1)
     if residual is not None:
         expected, scale = expected + residual.double(), scale + residual.double().abs()
-    assert y.dtype == dtype and y.shape == expected.shape
+    assert y.dtype == (wanted or dtype) and y.shape == expected.shape
     # Activations are 24 or 16 bits of their segment's largest; their slopes are below 1.2; sums as in assert_accurate.
     block = 2.0**-22 if dtype == torch.float32 else 2.0**-14
-    bound = (8 * (columns + 16) * UNIT_ROUNDOFF + 8 * block) * scale + torch.finfo(dtype).eps * expected.abs()
+    bound = (8 * (columns + 16) * UNIT_ROUNDOFF + 8 * block) * scale + torch.finfo(y.dtype).eps * expected.abs()
     assert ((y.double() - expected).abs() <= bound).all()
 
 
@@ -486,7 +488,7 @@ def _fused_operands(**changes):
     weight = Weight(6, 40, 4, 16).tiled
     valid = dict(
         x=torch.randn(2, 40), norm_weight=None, eps=0.0, weights=[weight, weight], biases=[None, None], rows=[6, 6],
-        activation="", gated=False, residual=None, activation_bits=8,
+        activation="", gated=False, residual=None, activation_bits=8, dtype=None,
     )  # fmt: skip
     return tuple((valid | changes).values())
 
@@ -501,7 +503,8 @@ def _fused_operands(**changes):
         (dict(biases=[None]), "same length"),
         (dict(activation="softmax"), "unknown"),
         (dict(residual=torch.ones(2, 6)), "residual must have shape"),
-        (dict(residual=torch.ones(2, 12).half()), "residual must be"),
+        (dict(residual=torch.ones(2, 12).double()), "residual must be"),
+        (dict(dtype=torch.float64), "dtype must be"),
         (dict(gated=True, weights=[Weight(6, 40, 4, 16).tiled, Weight(5, 40, 4, 16).tiled], rows=[6, 5]), "same rows"),
         (dict(weights=[Weight(6, 40, 4, 16).tiled, Weight(6, 40, 4, 8).tiled]), "share a group size"),
     ],

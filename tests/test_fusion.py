@@ -96,6 +96,43 @@ def test_residual_sums_are_fused(how):
     assert compiled.fusions == {"residual": 1} and len(compiled.operators) == 1 and compiled.error < 1e-5
 
 
+@pytest.mark.parametrize("how", [lambda y: y.float(), lambda y: y.to(torch.float16), lambda y: y.type(torch.float32)])
+def test_casts_of_the_result_are_fused(how):
+    module = Sandwich(after=lambda y, x: how(functional.silu(y))).to(torch.bfloat16)
+    x = torch.randn(3, 24).bfloat16()
+    compiled = Compiled(module, x)
+    assert compiled.fusions == {"activation": 1, "cast": 1} and len(compiled.operators) == 1
+    assert compiled.result.dtype == how(x).dtype and compiled.error < torch.finfo(torch.bfloat16).eps
+
+
+def test_a_residual_of_another_dtype_is_fused():
+    module = Sandwich(after=lambda y, x: y + x.float()).to(torch.bfloat16)
+    compiled = Compiled(module, torch.randn(3, 24).bfloat16())
+    assert compiled.fusions == {"residual": 1} and compiled.operators == {"kbit.fused_linear_cpu.default": 1, "float": 1}
+    assert compiled.result.dtype == torch.float32 and compiled.error < torch.finfo(torch.bfloat16).eps
+
+
+def test_casts_in_front_are_fused_where_activations_are_rounded():
+    module = Sandwich(before=lambda x: x.bfloat16(), after=lambda y, x: y + x)
+    module.linear.bfloat16()
+    x = torch.randn(3, 24)
+    rounding = Compiled(module, x, activation_bits=8)
+    assert rounding.fusions == {"cast": 1, "residual": 1} and len(rounding.operators) == 1
+    exact = Compiled(module, x, activation_bits=16)
+    assert exact.fusions == {"residual": 1} and exact.operators == {"kbit.fused_linear_cpu.default": 1, "bfloat16": 1}
+    for compiled in (rounding, exact):
+        assert compiled.result.dtype == torch.float32
+    assert exact.error < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    "how", [lambda y: y.double(), lambda y: y.to(torch.float32), lambda y: torch.stack([y.bfloat16().float(), y])]
+)
+def test_casts_that_are_not_fused(how):
+    compiled = Compiled(Sandwich(after=lambda y, x: how(y)), torch.randn(3, 24))
+    assert not compiled.fusions and compiled.error < 20 * torch.finfo(torch.bfloat16).eps
+
+
 class Gated(nn.Module):
     def __init__(self, act, swapped: bool) -> None:
         super().__init__()

@@ -21,18 +21,18 @@ GROUP = 128
 ACTIVATION_BITS = 8  # what the compiled module takes on a CPU by default
 
 
-def operator_copy(bits: int, weight: Tensor, activation_bits: int = ACTIVATION_BITS) -> Copy:
-    """A packed copy of ``weight [N, K]``: the one place that knows the operator and its operands."""
+def operator_copy(bits: int, weight: Tensor, activation_bits: int = ACTIVATION_BITS, dtype: torch.dtype = torch.float32) -> Copy:
+    """A packed copy of ``weight [N, K]`` for x of ``dtype``: the one place that knows the operator and its operands."""
     packed = pack(weight, LayerConfig(bits=bits, group_size=GROUP), layout="tiled")
     (operand,) = packed.operands
     rest = None, 0.0, [operand], [None], [weight.size(0)], "", False, None, activation_bits
-    return Copy(packed.nbytes, lambda x: partial(torch.ops.kbit.fused_linear_cpu.default, x, *rest))
+    return Copy(packed.nbytes, lambda x: partial(torch.ops.kbit.fused_linear_cpu.default, x.to(dtype), *rest))
 
 
-def _operator(bits: int, weight: Tensor, activation_bits: int = ACTIVATION_BITS) -> partial[Copy]:
+def _operator(bits: int, weight: Tensor, **how: Any) -> partial[Copy]:
     build.load()
     # Each copy is packed anew, not cloned: the packed memory is allocated in a way of its own.
-    return partial(operator_copy, bits, weight, activation_bits)
+    return partial(operator_copy, bits, weight, **how)
 
 
 def _compiled(bits: int, weight: Tensor) -> partial[Copy]:
@@ -56,11 +56,17 @@ def _warm(module: Callable[[Tensor], Tensor], x: Tensor) -> Call:
 
 
 def contenders(bits: range = range(1, 9)) -> list[Contender]:
-    """The operator and the compiled module at each number of bits, and the operator with activations of 16 bits at 8 and 4."""
+    """The operator and the compiled module at each number of bits; and at 8 and 4, the operator with activations of 16 bits: of float32
+    and, as a peer in bfloat16 has them, of bfloat16."""
     ways = {"kbit operator": _operator, "kbit": _compiled}
     found = [Contender(f"{name} {k}", k, partial(way, k), name) for name, way in ways.items() for k in reversed(bits)]
-    name, exact = "kbit operator, 16-bit x", partial(_operator, activation_bits=16)
-    return found + [Contender(f"{name} {k}", k, partial(exact, k), name) for k in (8, 4) if k in bits]
+    exact = {"kbit operator, 16-bit x": torch.float32, "kbit operator, bfloat16 x": torch.bfloat16}
+    return found + [
+        Contender(f"{name} {k}", k, partial(_operator, k, activation_bits=16, dtype=dtype), name)
+        for name, dtype in exact.items()
+        for k in (8, 4)
+        if k in bits
+    ]
 
 
 def instruction_set() -> str:

@@ -121,6 +121,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _fused(
     dense: Dense, x: Tensor, norm_weight: Tensor | None, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     rows: Sequence[int], activation: str, gated: bool, residual: Tensor | None, activation_bits: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     x = x.double()
     if norm_weight is not None:

@@ -37,7 +37,7 @@ class Captured:
         code = function.__code__.replace()
         function = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
         # Guards would never be looked at.
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         with torch.no_grad(), no_size_asserts():
             torch.compile(function, backend=self._backend, fullgraph=True, options=options)(*examples)
         kept = [self._arguments[i] for i in self._compiled.kept]

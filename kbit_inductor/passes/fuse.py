@@ -1,4 +1,4 @@
-"""Fuse what surrounds the CPU's products into them: siblings, gates, activations, residual sums, RMS norms in front.
+"""Fuse what surrounds the CPU's products into them: siblings, gates, activations, casts, residual sums, RMS norms in front.
 
 Each step looks for one shape of graph around ``kbit::fused_linear_cpu`` and replaces it by a call that computes the same; the
 operator's definition is in :mod:`kbit_inductor.lowering.cpu`. Only graphs without gradients are fused, since the fused operator has
@@ -19,16 +19,19 @@ from torch.nn import functional
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.passes.patterns import (
     ADD,
+    FLOATS,
     MULTIPLY,
     activation_of,
     alike,
     attention_arguments,
+    cast_of,
     erase_dead,
     hoisted_bias,
     is_constant,
     is_float_product,
     rms_norm,
     unsliced,
+    value_of,
 )
 
 LINEAR = torch.ops.kbit.linear_cpu.default
@@ -52,6 +55,7 @@ class Call:
     gated: bool
     residual: Any
     activation_bits: int
+    dtype: torch.dtype | None = None  # of the result, where it is not that of x
 
     @classmethod
     def of(cls, node: Any) -> Call | None:
@@ -65,7 +69,11 @@ class Call:
     @property
     def plain(self) -> bool:
         """Whether nothing is fused behind the product yet."""
-        return not self.activation and not self.gated and self.residual is None
+        return not self.activation and not self.gated and self.residual is None and self.dtype is None
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Let the result be of ``dtype``."""
+        self.dtype = None if dtype == self.x.meta[VALUE].dtype else dtype
 
 
 def fuse(context: Context) -> None:
@@ -86,6 +94,8 @@ def fuse(context: Context) -> None:
     for node in list(context.graph.nodes):
         fusion.activation(node)
     for node in list(context.graph.nodes):
+        fusion.cast_in_front(node)
+        fusion.cast(node)
         fusion.residual(node)
     for node in list(context.graph.nodes):
         fusion.norm(node)
@@ -210,6 +220,33 @@ class _Fusion:
         self.context.moved(product, fused)
         self.done["activation"] += 1
 
+    # linear(x).to(dtype): rounded once, to the last dtype
+    def cast(self, node: fx.Node) -> None:
+        product = cast_of(node)
+        call = Call.of(product)
+        if call is None or call.dtype is not None or _only_user(product) is not node:
+            return
+        call.round_to(node.meta[VALUE].dtype)
+        with self.graph.inserting_before(node):
+            fused = self.call(call, node, node.meta[VALUE])
+        self.replace(node, fused)
+        self.graph.erase_node(product)  # type: ignore[arg-type]
+        self.context.moved(product, fused)  # type: ignore[arg-type]
+        self.done["cast"] += 1
+
+    # linear(x.to(dtype)), as autocast has it: the kernel rounds what it reads in any case
+    def cast_in_front(self, node: fx.Node) -> None:
+        call = Call.of(node)
+        source = None if call is None else cast_of(call.x)
+        if call is None or source is None or not is_constant(source) or call.activation_bits > 8 or _only_user(call.x) is not node:
+            return
+        cast, call.x = call.x, source
+        call.round_to(node.meta[VALUE].dtype)
+        with self.graph.inserting_before(node):
+            self.replace(node, self.call(call, node, node.meta[VALUE]))
+        erase_dead(self.graph, cast)
+        self.done["cast"] += 1
+
     # residual + linear(x)
     def residual(self, node: fx.Node) -> None:
         if node.target not in ADD or len(node.args) != 2 or node.kwargs:
@@ -218,9 +255,10 @@ class _Fusion:
             call = Call.of(product)
             if call is None or call.residual is not None or _only_user(product) is not node or other is product:
                 continue
-            if not (alike(product, other) and is_constant(other)) or (len(call.weights) > 1 and not call.gated):
+            if not (_adds_to(product, other) and is_constant(other)) or (len(call.weights) > 1 and not call.gated):
                 continue
             call.residual = other
+            call.round_to(node.meta[VALUE].dtype)
             with self.graph.inserting_before(node):
                 fused = self.call(call, node, node.meta[VALUE])
             self.replace(node, fused)
@@ -263,6 +301,12 @@ def _is_half(node: Any, half: int) -> bool:
         return False
     call = Call.of(node.args[0])
     return call is not None and len(call.rows) == 2 and bool(node.args[2] == half * call.rows[0])
+
+
+def _adds_to(product: Any, other: Any) -> bool:
+    """Whether their sum has the shape of both. The dtypes may differ: each is read in its own."""
+    value = value_of(other)
+    return value is not None and value.dtype in FLOATS and alike(product, other, dtypes=False)
 
 
 def _only_user(node: Any) -> fx.Node | None:

@@ -20,7 +20,7 @@ FEW_QUERIES = 8  # a decoding step; with more that are of half precision and loo
 ADD = (operator.add, operator.iadd, torch.add, "add", aten.add.Tensor)
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", aten.mul.Tensor)
 DIVIDE = (operator.truediv, torch.div, torch.true_divide, "div", aten.div.Tensor)
-CASTS = ("to", "float", "type_as", aten._to_copy.default, aten.to.dtype)
+CASTS = ("to", "float", "bfloat16", "half", "type", "type_as", torch.Tensor.to, aten._to_copy.default, aten.to.dtype)
 ACTIVATIONS = {
     "silu": (functional.silu, aten.silu.default),
     "relu": (functional.relu, torch.relu, "relu", aten.relu.default),
@@ -76,12 +76,25 @@ def activation_of(node: Any) -> str | None:
     return names[0] if names else None
 
 
-def alike(a: Any, b: Any) -> bool:
-    """Whether both are tensors of the same shape, dtype and device."""
+def cast_of(node: Any) -> fx.Node | None:
+    """What ``node`` casts from a float to another one, if that is all that it does."""
+    if not isinstance(node, fx.Node) or node.target not in CASTS or not isinstance(node.args[0], fx.Node):
+        return None
+    value, source = value_of(node), value_of(node.args[0])
+    if value is None or source is None or value.dtype == source.dtype or not {value.dtype, source.dtype} <= set(FLOATS):
+        return None
+    same = alike(node, node.args[0], dtypes=False) and value.stride() == source.stride()
+    return node.args[0] if same and is_constant(node) else None
+
+
+def alike(a: Any, b: Any, dtypes: bool = True) -> bool:
+    """Whether both are tensors of the same shape, device and, with ``dtypes``, dtype."""
     x, y = value_of(a), value_of(b)
     if x is None or y is None:
         return False
-    return x.dtype == y.dtype and x.device == y.device and x.dim() == y.dim() and all(map(_same, x.shape, y.shape))
+    if dtypes and x.dtype != y.dtype:
+        return False
+    return x.device == y.device and x.dim() == y.dim() and all(map(_same, x.shape, y.shape))
 
 
 def is_float_product(node: Any) -> bool:

@@ -121,9 +121,9 @@ def _grouped(grids: list[Grid], x: Tensor, offsets: Tensor, bits: int | None) ->
 
 def _fused(
     grids: Any, x: Tensor, norm_weight: Tensor | None, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    rows: Sequence[int], activation: str, gated: bool, residual: Tensor | None, bits: int,
+    rows: Sequence[int], activation: str, gated: bool, residual: Tensor | None, bits: int, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    spread = None
+    spread, wanted = None, dtype or x.dtype
     if norm_weight is not None:
         normed = functional.rms_norm(x.double(), x.shape[-1:], norm_weight.double(), eps)
         spread = (x.shape[-1] + 8) * UNIT
@@ -132,7 +132,7 @@ def _fused(
     first, slack = parts[0]
     if not gated:
         first, slack = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
-    return _epilogue(first, slack, activation, parts[1] if gated else None, residual, x.dtype)
+    return _epilogue(first, slack, activation, parts[1] if gated else None, residual, wanted)
 
 
 def _fused_words(

@@ -14,12 +14,12 @@
 
 namespace kbit {
 
-// `into`, if it is given and fits, or new memory for a result [shape] of the dtype of `like`.
-inline at::Tensor result_of(at::IntArrayRef shape, const at::Tensor& like, const OptionalTensor& into) {
-  if (!into) return at::empty(shape, like.options().memory_format(at::MemoryFormat::Contiguous));
-  TORCH_CHECK(into->numel() == c10::multiply_integers(shape) && into->scalar_type() == like.scalar_type() && into->is_contiguous() &&
+// `into`, if it is given and fits, or new memory for a result [shape] of `type`.
+inline at::Tensor result_of(at::IntArrayRef shape, at::ScalarType type, const OptionalTensor& into) {
+  if (!into) return at::empty(shape, at::TensorOptions(type));
+  TORCH_CHECK(into->numel() == c10::multiply_integers(shape) && into->scalar_type() == type && into->is_contiguous() &&
                   into->device().is_cpu(),
-              "a result ", shape, " of ", like.scalar_type(), " does not go into a tensor ", into->sizes(), " of ", into->scalar_type());
+              "a result ", shape, " of ", type, " does not go into a tensor ", into->sizes(), " of ", into->scalar_type());
   return into->view(shape);
 }
 
@@ -32,6 +32,7 @@ class Product {
     columns_ = x.size(-1);
     problem_.x.dtype = dtype_of(x.scalar_type(), "x");
     problem_.x.data = x_.const_data_ptr();
+    result_dtype(x.scalar_type());
     problem_.activation_bits = grid_bits(activation_bits, problem_.x.dtype);
   }
 
@@ -47,13 +48,8 @@ class Product {
     if (!problem_.weights.empty()) {
       TORCH_CHECK(weight.group_size == problem_.weights.front().group_size, "weights of one product must share a group size");
     }
-    Bias added;
-    if (bias) {
-      added.dtype = dtype_of(bias->scalar_type(), "bias");
-      added.data = keep(operand(*bias, "bias", bias->scalar_type(), {rows}));
-    }
     problem_.weights.push_back(weight);
-    problem_.biases.push_back(added);
+    problem_.biases.push_back(bias ? addend(*bias, "bias", {rows}) : Addend());
     rows_ += rows;
   }
 
@@ -66,13 +62,17 @@ class Product {
     rows_ /= 2;
   }
 
-  void residual(const at::Tensor& residual) {
-    problem_.residual = keep(operand(residual, "residual", x_.scalar_type(), shape()));
+  void residual(const at::Tensor& residual) { problem_.residual = addend(residual, "residual", shape()); }
+
+  // That of the result, which is that of x unless another is given.
+  void result_dtype(at::ScalarType type) {
+    problem_.y_dtype = dtype_of(type, "dtype");
+    result_type_ = type;
   }
 
   // The result, which whoever computes problem() fills. It may be empty: then there is nothing to compute.
   at::Tensor result(const OptionalTensor& into = {}) {
-    at::Tensor y = result_of(shape(), x_, into);
+    at::Tensor y = result_of(shape(), result_type_, into);
     problem_.x.rows = y.numel() ? y.numel() / rows_ : 0;
     problem_.y = y.mutable_data_ptr();
     return y;
@@ -93,6 +93,11 @@ class Product {
     return shape;
   }
 
+  Addend addend(const at::Tensor& tensor, const char* name, at::IntArrayRef shape) {
+    const Dtype dtype = dtype_of(tensor.scalar_type(), name);
+    return {keep(operand(tensor, name, tensor.scalar_type(), shape)), dtype};
+  }
+
   const void* keep(at::Tensor tensor) {
     kept_.push_back(std::move(tensor));
     return kept_.back().const_data_ptr();
@@ -100,6 +105,7 @@ class Product {
 
   at::Tensor x_;
   int64_t columns_ = 0, rows_ = 0;
+  at::ScalarType result_type_;
   std::vector<at::Tensor> kept_;
   TiledProblem problem_;
 };
@@ -140,7 +146,7 @@ class AttentionCall {
   // [B, M, H, Dv], which whoever computes problem() fills. It may be empty: then there is nothing to compute.
   at::Tensor result(const OptionalTensor& into = {}) {
     const AttentionProblem& p = problem_;
-    at::Tensor out = result_of({p.batch, p.queries, p.heads, p.value_size}, q_, into);
+    at::Tensor out = result_of({p.batch, p.queries, p.heads, p.value_size}, q_.scalar_type(), into);
     problem_.out = out.mutable_data_ptr();
     return out;
   }
@@ -196,7 +202,7 @@ class AppendCall {
   // The queries [B, H, M, D], which whoever computes problem() fills.
   at::Tensor result() {
     const AppendProblem& p = problem_;
-    at::Tensor out = result_of({p.batch, p.queries, p.heads, p.size}, kept_.front(), {});
+    at::Tensor out = result_of({p.batch, p.queries, p.heads, p.size}, kept_.front().scalar_type(), {});
     problem_.out = out.mutable_data_ptr();
     return out.transpose(1, 2);
   }

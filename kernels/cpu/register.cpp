@@ -34,7 +34,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
 
 Tensor fused_linear_cpu(const Tensor& x, const OptionalTensor& norm_weight, double eps, const at::TensorList weights,
                         const c10::List<OptionalTensor>& biases, at::IntArrayRef rows, std::string_view activation, bool gated,
-                        const OptionalTensor& residual, int64_t activation_bits) {
+                        const OptionalTensor& residual, int64_t activation_bits, std::optional<at::ScalarType> dtype) {
   TORCH_CHECK(!weights.empty() && weights.size() == biases.size() && weights.size() == rows.size(),
               "weights, biases and rows must be lists of the same length, at least 1");
   Product product(x, activation_bits);
@@ -42,6 +42,7 @@ Tensor fused_linear_cpu(const Tensor& x, const OptionalTensor& norm_weight, doub
   for (size_t i = 0; i < weights.size(); ++i) product.weight(weights[i], rows[i], biases.get(i));
   product.activation(activation, gated);
   if (residual) product.residual(*residual);
+  if (dtype) product.result_dtype(*dtype);
   return product.compute();
 }
 

@@ -1,5 +1,6 @@
 // The operators of a decoding step, one by one and in chains: see lowering/chain.py. Their schemas are defined in Python.
 
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -85,7 +86,7 @@ class ChainReader {
     if (const OptionalTensor norm = optional()) product.norm(*norm, numbers_[step]);
     const OptionalTensor residual = optional();
     const bool gated = next();
-    const int64_t count = next();
+    const int64_t dtype = next(), count = next();
     TORCH_CHECK(count >= 1, "a product needs a weight");
     for (int64_t i = 0; i < count; ++i) {
       const Tensor& weight = tensor(next());
@@ -94,6 +95,10 @@ class ChainReader {
     }
     product.activation(std::string(activations_.get(step)), gated);
     if (residual) product.residual(*residual);
+    if (dtype >= 0) {
+      TORCH_CHECK(dtype < static_cast<int64_t>(std::size(kDtypes)), "a product of a chain gives a dtype that is none");
+      product.result_dtype(kDtypes[dtype]);
+    }
     Tensor result = product.result(into);
     products_.push_back(std::move(product));
     if (result.numel()) steps_.emplace_back(products_.back().problem());
@@ -135,6 +140,7 @@ class ChainReader {
   }
 
   static constexpr int64_t kProduct = 1, kAppend = 2;  // anything else is attention
+  static constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
 
   std::vector<Tensor> values_, results_, places_;
   size_t first_cache_, end_of_caches_, start_ = 0;

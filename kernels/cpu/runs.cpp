@@ -23,9 +23,10 @@ TiledProblem problem_of(const ActivationSource& x, const Run& run, int activatio
   problem.x.data = static_cast<const char*>(x.data) + run.first * run.weight.columns * bytes;
   problem.x.rows = run.rows;
   problem.weights = {run.weight};
-  problem.biases = {Bias{}};
+  problem.biases = {Addend{}};
   problem.activation_bits = activation_bits;
   problem.y = static_cast<char*>(y) + run.first * run.weight.rows * bytes;
+  problem.y_dtype = x.dtype;
   return problem;
 }
 

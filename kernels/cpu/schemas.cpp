@@ -12,7 +12,7 @@ TORCH_LIBRARY_FRAGMENT(kbit, m) {
   for (const std::string& schema : std::initializer_list<std::string>{
            "linear_cpu(Tensor x, Tensor weight, Tensor? bias, int rows, int activation_bits) -> Tensor",
            "fused_linear_cpu(Tensor x, Tensor? norm_weight, float eps, Tensor[] weights, Tensor?[] biases, int[] rows, str activation, "
-           "bool gated, Tensor? residual, int activation_bits) -> Tensor",
+           "bool gated, Tensor? residual, int activation_bits, ScalarType? dtype=None) -> Tensor",
            "attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal=False) -> Tensor",
            "embedding_cpu(Tensor indices, Tensor weight, int embedding_dim, ScalarType dtype) -> Tensor",
        }) {

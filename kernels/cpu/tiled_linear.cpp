@@ -32,16 +32,19 @@ class Epilogue {
     if (gate) finish(gate, count, 0, bias_of(0, row_block, valid));
     apply(problem_.activation, activated, count * kTileRows);
     for (int64_t i = 0; gate && i < count * kTileRows; ++i) sums[i] *= gate[i];
-    with_type(problem_.x.dtype, [&](auto* type) {
-      using T = std::decay_t<decltype(*type)>;
-      const T* residual = static_cast<const T*>(problem_.residual);
-      T* out = static_cast<T*>(problem_.y);
+    const int64_t at = row * width_ + column;
+    if (problem_.residual.data) {
+      with_type(problem_.residual.dtype, [&](auto* type) {
+        const auto* residual = static_cast<const std::decay_t<decltype(*type)>*>(problem_.residual.data) + at;
+        for (int64_t r = 0; r < count; ++r) add(residual + r * width_, valid, sums + r * kTileRows);
+      });
+    }
+    with_type(problem_.y_dtype, [&](auto* type) {
+      auto* out = static_cast<decltype(type)>(problem_.y) + at;
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (row + r) * width_ + column;
-        if (residual) add(residual + at, valid, sums + r * kTileRows);
-        write(sums + r * kTileRows, valid, out + at);
+        write(sums + r * kTileRows, valid, out + r * width_);
         // The next row block writes behind these: rows of a wide result lie too far apart for the hardware to foresee it.
-        if (count > 1) __builtin_prefetch(out + at + kTileRows, 1);
+        if (count > 1) __builtin_prefetch(out + r * width_ + kTileRows, 1);
       }
     });
   }
@@ -84,7 +87,7 @@ class Epilogue {
 
   Floats bias_of(size_t weight, int64_t row_block, int64_t valid) const {
     alignas(64) float values[kTileRows] = {};
-    const Bias& bias = problem_.biases[weight];
+    const Addend& bias = problem_.biases[weight];
     if (bias.data) {
       with_type(bias.dtype, [&](auto* type) {
         const auto* source = static_cast<decltype(type)>(const_cast<void*>(bias.data)) + row_block * kTileRows;

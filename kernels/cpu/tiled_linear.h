@@ -12,8 +12,9 @@
 
 namespace kbit {
 
-struct Bias {
-  const void* data = nullptr;  // [N] of `dtype`, or null
+// What is added to a product, in a dtype of its own.
+struct Addend {
+  const void* data = nullptr;  // or null
   Dtype dtype = Dtype::Float32;
 };
 
@@ -22,12 +23,13 @@ struct TiledProblem {
   // Of the same columns and group size. Their results stand side by side, in this order; with `gated` there are two of the same
   // rows, and the result is activation(first) * second.
   std::vector<TiledWeight> weights;
-  std::vector<Bias> biases;  // one for each weight
+  std::vector<Addend> biases;  // [N], one for each weight
   int activation_bits;       // 1..8, 16 or 24
   Activation activation = Activation::None;
   bool gated = false;
-  const void* residual = nullptr;  // like y, added last; or null
-  void* y = nullptr;               // [rows of x, all N] of x's dtype, contiguous
+  Addend residual;       // of the shape of y, added last
+  void* y = nullptr;     // [rows of x, all N] of `y_dtype`, contiguous
+  Dtype y_dtype = Dtype::Float32;
 };
 
 inline namespace KBIT_LEVEL {
