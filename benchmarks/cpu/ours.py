@@ -56,8 +56,10 @@ def _warm(module: Callable[[Tensor], Tensor], x: Tensor) -> Call:
 
 
 def contenders(bits: range = range(1, 9)) -> list[Contender]:
-    """The operator and the compiled module at each number of bits; and at 8 and 4, the operator with activations of 16 bits: of float32
-    and, as a peer in bfloat16 has them, of bfloat16."""
+    """The operator and the compiled module at each number of bits.
+
+    And the operator on activations of 16 bits at 8 and 4: of float32 and, as a peer in bfloat16 has them, of bfloat16.
+    """
     ways = {"kbit operator": _operator, "kbit": _compiled}
     found = [Contender(f"{name} {k}", k, partial(way, k), name) for name, way in ways.items() for k in reversed(bits)]
     exact = {"kbit operator, 16-bit x": torch.float32, "kbit operator, bfloat16 x": torch.bfloat16}
