@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
 
 from kbit_inductor.lowering import chain
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
@@ -76,6 +78,10 @@ TOOLS = {
 
 
 def _tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation_bits: int, group_size: int) -> Tensor:
+    if any(operand is not None and forward_ad.unpack_dual(operand, level=0).tangent is not None for operand in (x, bias)):
+        # linear_cpu has a derivative of the reverse mode alone, and would drop the tangent.
+        matrix = torch.ops.kbit.linear_grad_input_cpu(torch.eye(rows, dtype=x.dtype, device=x.device), weight, x.shape[-1])
+        return functional.linear(x, matrix, bias)
     product: Tensor = torch.ops.kbit.linear_cpu(x, weight, bias, rows, activation_bits)
     return product
 
