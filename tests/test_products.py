@@ -39,6 +39,8 @@ SPELLINGS = {
     "linear": ((N, K), lambda x, w, b: functional.linear(x, w)),
     "linear with bias": ((N, K), functional.linear),
     "linear by keyword": ((N, K), lambda x, w, b: functional.linear(input=x, weight=w, bias=b)),
+    "linear with one number for a bias": ((N, K), lambda x, w, b: functional.linear(x, w, b[:1])),
+    "linear with a bias for each row": ((N, K), lambda x, w, b: functional.linear(x[0], w, b.expand(5, N))),
     "matmul of t": ((N, K), lambda x, w, b: x @ w.t()),
     "matmul of T": ((N, K), lambda x, w, b: torch.matmul(x, w.T) + b),
     "matmul of mT": ((N, K), lambda x, w, b: x.matmul(w.mT)),
