@@ -247,3 +247,20 @@ def test_what_quantize_does_without_is_told(caplog: pytest.LogCaptureFixture, mo
     monkeypatch.setenv("KBIT_LOGS", "no such topic")
     with pytest.raises(kbit.InvalidOptionError, match="KBIT_LOGS"):
         kbit.quantize_(nn.Sequential(nn.Linear(40, 48)))
+
+
+def test_an_encoder_of_torch_takes_packed_layers() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = kbit.quantize_(nn.TransformerEncoder(layer, 2).eval(), {"min_elements": 0})
+    assert isinstance(model.get_submodule("layers.0.linear1"), PackedLinear)
+    x, padding = torch.randn(2, 5, 32), torch.arange(5).expand(2, 5) > 3
+    floats = kbit.dequantize_(copy.deepcopy(model))
+    with torch.no_grad():  # where float layers take a fast path that reads their weights
+        y, expected = (each(x, src_key_padding_mask=padding)[:, :4] for each in (model, floats))
+    assert relative_error(y, expected) < 1e-5
+
+
+def test_a_packed_weight_is_no_tensor() -> None:
+    (layer,) = kbit.quantize_(nn.Sequential(nn.Linear(40, 48)))
+    with pytest.raises(TypeError, match=r"linear was given a packed weight.*dequantize\(\)"):
+        nn.functional.linear(torch.randn(2, 40), layer.weight)

@@ -62,6 +62,11 @@ class PackedMatrix(nn.Module):
         self.register_buffer("order", order)
         self._hold(packed)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to be a tensor. Its being there keeps ``nn.TransformerEncoderLayer`` from a fast path that reads floats."""
+        raise TypeError(f"{function.__name__} was given a packed weight, which is no tensor; call dequantize() of it for one")
+
     @property
     def shape(self) -> torch.Size:
         """``[N, K]``."""
