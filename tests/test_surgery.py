@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,3 +266,10 @@ def test_a_packed_weight_is_no_tensor() -> None:
     (layer,) = kbit.quantize_(nn.Sequential(nn.Linear(40, 48)))
     with pytest.raises(TypeError, match=r"linear was given a packed weight.*dequantize\(\)"):
         nn.functional.linear(torch.randn(2, 40), layer.weight)
+
+
+def test_a_pickled_model_works_in_a_process_that_packs_nothing(tmp_path: Path) -> None:
+    model = kbit.quantize_(nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64)))
+    torch.save((model, IDS, model(IDS)), tmp_path / "model.pt")
+    code = "import torch; model, ids, y = torch.load('model.pt', weights_only=False); assert torch.equal(model(ids), y)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
