@@ -52,6 +52,7 @@ __all__ = [
     "storage_id",
     "symbolic_shapes",
     "trace",
+    "uncompiled",
 ]
 
 _MEMBER = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -194,6 +195,11 @@ def import_block(names: dict[str, Any]) -> str:
 def is_compiled_function(function: object) -> bool:
     """Whether ``function`` was returned by ``torch.compile``."""
     return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def uncompiled(model: Any) -> Any:
+    """The module or function that ``torch.compile`` has wrapped in ``model``, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def graph_breaks() -> dict[str, int]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from kbit_inductor import logs
 from kbit_inductor._compat import cache_tag, copy_graph, inductor
 from kbit_inductor.bits.graph import with_bits
+from kbit_inductor.calibration import warn_lacking
 from kbit_inductor.capture import Context, begin, find_weights
 from kbit_inductor.config import Config
 from kbit_inductor.debug.inspector import Inspector
@@ -32,7 +33,6 @@ from kbit_inductor.weights.store import STORE, Slot
 
 log = logs.logger("capture")
 kernel_log = logs.logger("kernels")
-pack_log = logs.logger("pack")
 Compiled = Callable[..., Any]
 
 
@@ -167,7 +167,7 @@ def _log_matches(context: Context, inputs: Sequence[Any]) -> None:
         log.info("%s: %s", name, "; ".join(reasons))
     _log_fallbacks(context)
     for reason in dict.fromkeys(reason for slot in context.slots for reason in slot.lacks(inputs[slot.argument])):
-        _warn_lacking(reason)
+        warn_lacking(reason)
     if torch.is_grad_enabled():
         _log_frozen({slot.name: inputs[slot.argument] for slot in context.slots})
 
@@ -184,12 +184,6 @@ def _log_fallbacks(context: Context) -> None:
 def _warn_slow(why: str) -> None:
     """Once for each reason, which all graphs of a model share."""
     kernel_log.warning("weights are read by the slow reference kernel. %s", why)
-
-
-@functools.cache
-def _warn_lacking(reason: str) -> None:
-    """Once for each quantizer."""
-    pack_log.warning("%s", reason)
 
 
 def _log_constants(gm: fx.GraphModule) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kbit_inductor.quantizers import Statistics
+from kbit_inductor.logs import logger
+from kbit_inductor.quantizers import QUANTIZERS, Statistics
+from kbit_inductor.quantizers.registry import WITH_HESSIAN
+
+if TYPE_CHECKING:
+    from kbit_inductor.config import LayerConfig
+
+log = logger("pack")
 
 
 class Calibration:
@@ -34,3 +43,18 @@ class Calibration:
 
     def __repr__(self) -> str:
         return f"Calibration of {len(self.layers)} layers"
+
+
+def lacking(config: LayerConfig, statistics: Statistics | None) -> Iterator[str]:
+    """What a weight packed by ``config`` has to do without, since its ``statistics`` lack it."""
+    name = config.quantizer
+    if QUANTIZERS[name].needs in WITH_HESSIAN and (statistics is None or statistics.hessian is None):
+        yield f"quantizer {name!r} does without the Hessian that it is made for; give its inputs' by the option 'calibration'"
+    if config.bias_correction and (statistics is None or statistics.mean is None):
+        yield "no bias correction: the mean of its inputs is not known; give it by the option 'calibration'"
+
+
+@functools.cache
+def warn_lacking(reason: str) -> None:
+    """Once for each quantizer."""
+    log.warning("%s", reason)

@@ -307,6 +307,8 @@ def ineligible(value: Tensor, config: Config) -> str:
         return f"it is a tensor subclass, {type(value).__name__}"
     if value.dtype not in WEIGHT_DTYPES:
         return f"its dtype is {value.dtype}"
+    if value.device.type == "meta":
+        return "it is on the meta device, without values"
     if not _is_static(value):
         return "its shape is dynamic"
     if value.numel() < config.min_elements:

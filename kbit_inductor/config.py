@@ -263,9 +263,15 @@ class Config(LayerConfig):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Config | None, mode: str | None = None) -> Config:
-        """The config that ``torch.compile(…, mode=mode, options=options)`` asks for."""
+        """The config that ``torch.compile(…, mode=mode, options=options)`` asks for.
+
+        Raises:
+            UnknownOptionError, InvalidOptionError: a name that is no option, a value that its option does not take, or no options.
+        """
         if isinstance(options, Config):
             return options if mode is None else dataclasses.replace(options, mode=mode)
+        if options is not None and not isinstance(options, Mapping):
+            raise InvalidOptionError(f"the options are {options!r}; give a mapping such as {{'bits': 4}}, or a Config")
         given = dict(options or {})
         known = [f.name for f in dataclasses.fields(cls)]
         for key in given:

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from kbit_inductor import backend
+from kbit_inductor._compat import uncompiled
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.errors import KbitError
@@ -38,7 +39,7 @@ def launches(
         ModelCallError, KbitError: as :func:`kbit_inductor.explain`.
     """
     recorder = _Recorder(Config.from_options(config), model, dtype)
-    call_once(getattr(model, "_orig_mod", model), recorder, *inputs)
+    call_once(uncompiled(model), recorder, *inputs)
     return list(dict.fromkeys(recorder.found))
 
 

@@ -50,7 +50,8 @@ def check_names(config: Config, layers: Sequence[str], model: nn.Module) -> None
 
 def _check(pattern: str, names: Sequence[str]) -> None:
     if not any(matches(pattern, name) for name in names):
-        close = difflib.get_close_matches(pattern, sorted(set(names)), n=3, cutoff=0.4) or names[:3]
+        known = list(dict.fromkeys(names))
+        close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.4) or known[:3]
         raise UnmatchedOverrideError(
             f"the entry {pattern!r} of 'overrides' or 'skip' matches no layer; layers with such names: {', '.join(close)}"
         )

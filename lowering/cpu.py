@@ -6,13 +6,17 @@ Their implementations register themselves when the compiled library is loaded. A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
 
+from kbit_inductor.kernels.cpu import build
 from kbit_inductor.lowering import chain
+from kbit_inductor.lowering.errors import WrongDeviceError
 from kbit_inductor.lowering.ops import GRADIENT_CHUNK
 
 SCHEMAS = {
@@ -77,8 +81,29 @@ TOOLS = {
 
 
 def _tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation_bits: int, group_size: int) -> Tensor:
+    if any(operand is not None and forward_ad.unpack_dual(operand, level=0).tangent is not None for operand in (x, bias)):
+        # linear_cpu has a derivative of the reverse mode alone, and would drop the tangent.
+        matrix = torch.ops.kbit.linear_grad_input_cpu(torch.eye(rows, dtype=x.dtype, device=x.device), weight, x.shape[-1])
+        return functional.linear(x, matrix, bias)
     product: Tensor = torch.ops.kbit.linear_cpu(x, weight, bias, rows, activation_bits)
     return product
+
+
+def _loading(name: str) -> Callable[..., Any]:
+    """What stands for the operator ``name`` until the library is loaded: it loads it.
+
+    A model from a pickle or an exported program may be called before any weight was packed. The library's own kernel is one for the
+    CPU's key, which goes before this one.
+    """
+    operator = getattr(torch.ops.kbit, name).default
+
+    def load(first: Tensor, *rest: Any) -> Any:
+        if first.device.type != "cpu":
+            raise WrongDeviceError(f"kbit::{name} computes on a CPU and is given a tensor on {first.device}; move it or the model")
+        build.load()
+        return operator(first, *rest)
+
+    return load
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, activation_bits: int) -> Tensor:
@@ -181,6 +206,8 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"kbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _schema in TOOLS.items():
     torch.library.define(f"kbit::{_name}", _schema)
+for _name in ("linear_cpu", "embedding_cpu", "dequantize_cpu", "untile_cpu"):  # what packed modules call
+    torch.library.impl(f"kbit::{_name}", "CompositeExplicitAutograd", _loading(_name))
 torch.library.register_fake("kbit::linear_cpu", _linear_fake)
 torch.library.register_fake("kbit::fused_linear_cpu", _fused_fake)
 torch.library.register_fake("kbit::embedding_cpu", _embedding_fake)

@@ -152,6 +152,7 @@ def test_a_plan_without_data_says_so_and_keeps_the_ends(model):
         ({"bits": "auto", "average_bits": 9}, kbit.InvalidOptionError, "from 1 to 8"),
         ({"bits": "auto", "memory_budget": "9 potatoes"}, kbit.InvalidOptionError, "90 MB"),
         ({"bits": "auto", "memory_budget": 1000}, kbit.BudgetError, "give more"),
+        ({"bits": "auto", "memory_budget": 10}, kbit.BudgetError, "are missing without it; give more"),
         ({"bits": "best"}, kbit.InvalidOptionError, "'best'"),
         ({**AUTO, "overrides": {"re:.*": {"bits": 4}}}, kbit.BudgetError, "3.5 bits"),
     ],

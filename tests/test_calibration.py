@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import kbit_inductor as kbit
-from kbit_inductor import backend
+from kbit_inductor.calibration import warn_lacking
 from kbit_inductor.kernels import reference
 from kbit_inductor.kernels.layout import pack_codes
 from kbit_inductor.packing import pack
@@ -217,7 +217,7 @@ def test_a_quantizer_without_the_hessian_it_is_made_for_is_told(one_thread_witho
     model, options = Block().eval(), {"quantizer": "gptq", "min_elements": 0}
     (layer,) = kbit.explain(model, data(4), config=options).layers
     assert layer.matched and "Hessian" in layer.reasons[0] and "'calibration'" in layer.reasons[0]
-    backend._warn_lacking.cache_clear()
+    warn_lacking.cache_clear()
     with caplog.at_level(logging.WARNING, logger="kbit_inductor"):
         for block in (model, Block().eval()):
             torch.compile(block, backend="kbit", options=options)(data(4))

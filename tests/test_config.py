@@ -20,6 +20,12 @@ def test_a_bad_value_names_its_option(options):
         Config.from_options(options)
 
 
+@pytest.mark.parametrize("options", [4, "bits=4", LayerConfig(bits=4)])
+def test_what_holds_no_options_is_refused(options):
+    with pytest.raises(kbit.InvalidOptionError, match=r"give a mapping such as \{'bits': 4\}, or a Config"):
+        Config.from_options(options)
+
+
 def test_an_unknown_option_lists_the_known_ones_and_the_closest():
     with pytest.raises(kbit.UnknownOptionError, match=r"'bit'.*Did you mean 'bits'.*group_size"):
         Config.from_options({"bit": 3})

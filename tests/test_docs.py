@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import kbit_inductor as kbit
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [
     REPOSITORY / "README.md",
@@ -55,6 +57,11 @@ ALL = [snippet for page in PAGES for snippet in snippets(page)]
 def test_every_snippet_is_found() -> None:
     fences = sum(page.read_text(encoding="utf-8").count("```python") for page in PAGES)
     assert len(ALL) == fences
+
+
+def test_the_reference_has_all_that_is_public() -> None:
+    entries = {line.rpartition(".")[2] for line in (REPOSITORY / "docs/reference.md").read_text(encoding="utf-8").split()}
+    assert [name for name in kbit.__all__ if name not in entries and not hasattr(kbit.errors, name)] == []
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from current_weights import WIDTH, Block, assert_changed, assert_current, compiled, inputs, multiply, rounding
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+import kbit_inductor as kbit
 from kbit_inductor.testing import dequantized_copy, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
@@ -124,3 +127,35 @@ def test_a_double_backward_is_right_or_refused() -> None:
         assert "double backward" in str(error)
     else:
         assert relative_error(actual, penalty(dequantized_copy(model))) <= rounding(products=7)
+
+
+def along(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The derivative of ``model`` at x in the direction of x."""
+    return lambda x: torch.func.jvp(model, (x,), (x,))[1]
+
+
+def dual(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same without torch.func."""
+
+    def tangent(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
+            assert found is not None
+            return found.clone()
+
+    return tangent
+
+
+@pytest.mark.parametrize("take", [along, dual, torch.func.jacrev, torch.func.jacfwd, torch.vmap])
+def test_packed_modules_have_derivatives_of_every_kind(take: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    model = kbit.quantize_(nn.Sequential(nn.Linear(40, 32), nn.Tanh(), nn.Linear(32, 3)), {"min_elements": 0})
+    floats, x = kbit.dequantize_(copy.deepcopy(model)), torch.randn(2, 40)
+    assert relative_error(take(model)(x), take(floats)(x)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "kbit"])
+def test_a_derivative_in_forward_mode_inside_a_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbit_inductor.backend.inductor", lambda gm, inputs, mode: gm.forward)
+    model = kbit.quantize_(nn.Sequential(nn.Linear(40, 32), nn.Linear(32, 3)), {"min_elements": 0})
+    floats, x = kbit.dequantize_(copy.deepcopy(model)), torch.randn(2, 40)
+    assert relative_error(torch.compile(along(model), backend=backend)(x), along(floats)(x)) < 1e-6

@@ -8,6 +8,8 @@ from torch.nn import functional
 import kbit_inductor as kbit
 from kbit_inductor import backend
 from kbit_inductor.testing import dequantized_copy, relative_error
+from kbit_inductor.weights.binding import Binding
+from kbit_inductor.weights.store import STORE
 
 K, N = 48, 40
 
@@ -37,6 +39,8 @@ SPELLINGS = {
     "linear": ((N, K), lambda x, w, b: functional.linear(x, w)),
     "linear with bias": ((N, K), functional.linear),
     "linear by keyword": ((N, K), lambda x, w, b: functional.linear(input=x, weight=w, bias=b)),
+    "linear with one number for a bias": ((N, K), lambda x, w, b: functional.linear(x, w, b[:1])),
+    "linear with a bias for each row": ((N, K), lambda x, w, b: functional.linear(x[0], w, b.expand(5, N))),
     "matmul of t": ((N, K), lambda x, w, b: x @ w.t()),
     "matmul of T": ((N, K), lambda x, w, b: torch.matmul(x, w.T) + b),
     "matmul of mT": ((N, K), lambda x, w, b: x.matmul(w.mT)),
@@ -228,6 +232,15 @@ def test_a_sparse_weight_stays_in_float_and_says_so():
     assert report.layers[0].reasons
 
 
+def test_a_weight_without_values_stays_in_float():
+    model = nn.Sequential(nn.Linear(K, N, device="meta"))
+    x = torch.randn(2, K, device="meta")
+    with torch.no_grad():
+        assert torch.compile(model, backend="kbit")(x).shape == (2, N)
+        assert kbit.explain(model, x).layers[0].reasons == ("it is on the meta device, without values",)
+        assert kbit.quantize_(nn.Sequential(nn.Linear(K, N))).to("meta")(x).shape == (2, N)
+
+
 def test_max_norm_keeps_an_embedding_in_float():
     model = Lookup(max_norm=1.0)
     with torch.no_grad():
@@ -269,6 +282,11 @@ def test_a_graph_without_matches_goes_to_inductor_untouched(monkeypatch):
 
     torch.compile(Unmatched(nn.Parameter(torch.randn(4, 4)), lambda x, w: x @ w), backend=spy)(torch.randn(2, 4))
     assert seen == graphs
+
+
+def test_a_graph_without_packed_weights_needs_no_compiled_library():
+    assert Binding(STORE, ()).fingerprint is None  # an operator without an implementation, where nothing has loaded the library
+    assert Binding(STORE, ()).operands([torch.zeros(2)]) == []
 
 
 @pytest.mark.parametrize("enabled_outside", [False, True])

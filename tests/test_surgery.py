@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
+from kbit_inductor.calibration import warn_lacking
 from kbit_inductor.kernels import reference
 from kbit_inductor.models.modules import PackedLinear, PackedMatrix, matrix_of
 from kbit_inductor.packing import pack
@@ -216,3 +221,55 @@ def test_layouts_hold_the_same_bits(
         assert len(back.operands) == len(planes.operands)
         assert all(torch.equal(a, b) for a, b in zip(back.operands, planes.operands, strict=True))
         assert torch.equal(there.dequantize(), planes.dequantize())
+
+
+def test_a_compiled_model_is_the_model_that_was_compiled(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 40)).eval()
+
+    compiled, x = torch.compile(make(), backend="kbit"), torch.randn(2, 40)
+    options = {"bits": 4, "quantizer": "gptq", "overrides": {"2": {"bits": 3}}}
+    calibration = kbit.calibrate(compiled, x, options)
+    assert calibration.layers.keys() == {"0", "2"}
+    assert kbit.quantize_(compiled, options, calibration) is compiled
+    kbit.save(compiled, tmp_path)
+    assert torch.equal(kbit.load(tmp_path, make)(x), compiled.get_submodule("_orig_mod")(x))
+    assert kbit.plan(torch.compile(make()), {"bits": "auto", "average_bits": 3}).overrides.keys() == {"0", "2"}
+
+
+def test_what_quantize_does_without_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("kbit_inductor"), "propagate", True)
+    warn_lacking.cache_clear()
+    kbit.quantize_(nn.Sequential(nn.Linear(40, 48)), {"quantizer": "gptq"})
+    assert "'gptq' does without the Hessian" in caplog.text
+    kbit.quantize_(nn.Linear(40, 48))
+    assert "put it into a module" in caplog.text
+    kbit.quantize_(nn.Sequential(nn.Linear(4, 4)))
+    assert "packed no weight of the Sequential: KBIT_LOGS=pack" in caplog.text
+    monkeypatch.setenv("KBIT_LOGS", "no such topic")
+    with pytest.raises(kbit.InvalidOptionError, match="KBIT_LOGS"):
+        kbit.quantize_(nn.Sequential(nn.Linear(40, 48)))
+
+
+def test_an_encoder_of_torch_takes_packed_layers() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = kbit.quantize_(nn.TransformerEncoder(layer, 2).eval(), {"min_elements": 0})
+    assert isinstance(model.get_submodule("layers.0.linear1"), PackedLinear)
+    x, padding = torch.randn(2, 5, 32), torch.arange(5).expand(2, 5) > 3
+    floats = kbit.dequantize_(copy.deepcopy(model))
+    with torch.no_grad():  # where float layers take a fast path that reads their weights
+        y, expected = (each(x, src_key_padding_mask=padding)[:, :4] for each in (model, floats))
+    assert relative_error(y, expected) < 1e-5
+
+
+def test_a_packed_weight_is_no_tensor() -> None:
+    (layer,) = kbit.quantize_(nn.Sequential(nn.Linear(40, 48)))
+    with pytest.raises(TypeError, match=r"linear was given a packed weight.*dequantize\(\)"):
+        nn.functional.linear(torch.randn(2, 40), layer.weight)
+
+
+def test_a_pickled_model_works_in_a_process_that_packs_nothing(tmp_path: Path) -> None:
+    model = kbit.quantize_(nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64)))
+    torch.save((model, IDS, model(IDS)), tmp_path / "model.pt")
+    code = "import torch; model, ids, y = torch.load('model.pt', weights_only=False); assert torch.equal(model(ids), y)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -55,7 +55,8 @@ class Budget:
             needed = sum(self.size(unit, unit.pinned or bits) for unit in units)
             if needed <= self.limit:
                 return bits
-        raise BudgetError(f"{self.text} is too little: 1 bit everywhere takes {needed:,} of {max(self.limit, 0):,}; give more")
+        left = f"of {self.limit:,}" if self.limit >= 0 else f"and {-self.limit:,} are missing without it"
+        raise BudgetError(f"{self.text} is too little: 1 bit everywhere takes {needed:,} {left}; give more")
 
 
 def seconds(unit: Unit, bits: int) -> float:

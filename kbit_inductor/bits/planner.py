@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor._compat import uncompiled
 from kbit_inductor.bits.budget import LEAST_BITS, MOST_BITS, Budget
 from kbit_inductor.bits.divergence import Divergence
 from kbit_inductor.bits.knapsack import choose
@@ -55,7 +56,7 @@ def plan(
         InvalidOptionError: ``bits`` is not ``"auto"``.
         EmptyCalibrationError: data without a batch.
     """
-    resolved = Config.from_options(config)
+    model, resolved = uncompiled(model), Config.from_options(config)
     if resolved.bits != "auto":
         raise InvalidOptionError(f"plan chooses bits where bits='auto'; bits is {resolved.bits!r}")
     if calibration is None:

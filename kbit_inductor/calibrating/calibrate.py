@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor import logs
+from kbit_inductor._compat import uncompiled
 from kbit_inductor.calibrating.distillation import distill
 from kbit_inductor.calibrating.reconstruct import learn
 from kbit_inductor.calibration import Calibration
 from kbit_inductor.config import Config
 from kbit_inductor.errors import EmptyCalibrationError, InvalidOptionError, NonFiniteActivationError
-from kbit_inductor.logs import logger
 from kbit_inductor.progress import Progress
 from kbit_inductor.quantizers import QUANTIZERS, Statistics
 from kbit_inductor.quantizers.registry import LEARNING, WITH_HESSIAN
 
-log = logger("pack")
+log = logs.logger("pack")
 MAX_LENGTH = 512  # tokens of a text
 
 
@@ -57,7 +58,8 @@ def calibrate(
         NonFiniteActivationError: a layer was given NaN or an infinity.
         InvalidOptionError: a text without a tokenizer.
     """
-    resolved = Config.from_options(config)
+    logs.configure()
+    model, resolved = uncompiled(model), Config.from_options(config)
     if _learns(model, resolved):  # which takes more than one pass
         data = [dict(keywords) or arguments for arguments, keywords in batches(data, tokenizer, model)]
     meters = {name: meter for name, module in model.named_modules() if (meter := _meter(name, module, resolved)) is not None}

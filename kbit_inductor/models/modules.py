@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
 
+from kbit_inductor._compat import is_transformed
 from kbit_inductor.errors import UnsupportedDtypeError
 from kbit_inductor.kernels.layout import TILED_LAYOUTS
 from kbit_inductor.logs import logger
@@ -59,6 +62,11 @@ class PackedMatrix(nn.Module):
         self.register_buffer("order", order)
         self._hold(packed)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to be a tensor. Its being there keeps ``nn.TransformerEncoderLayer`` from a fast path that reads floats."""
+        raise TypeError(f"{function.__name__} was given a packed weight, which is no tensor; call dequantize() of it for one")
+
     @property
     def shape(self) -> torch.Size:
         """``[N, K]``."""
@@ -92,15 +100,22 @@ class PackedMatrix(nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias`` for ``x`` ``[..., K]``."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = self.device.type  # of the weight: x may be a proxy of torch.fx
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         given, bias = x, with_shift(run, bias, self.side_shift)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (_is_derived(x) or _is_derived(bias)):
+            return functional.linear(x, self.dequantize().to(x.dtype), bias)
         if self.order is not None:
             x = x.index_select(-1, self.order)
         product: Tensor
         if self.tiled is not None:
-            told = (self.rows, self.activation_bits, self.group_size)
-            product = torch.ops.kbit.tiled_linear_cpu.default(x, self.tiled, bias, *told)
+            told = (x, self.tiled, bias, self.rows, self.activation_bits)
+            if compiling:
+                product = torch.ops.kbit.tiled_linear_cpu.default(*told, self.group_size)
+            else:
+                product = torch.ops.kbit.linear_cpu.default(*told)
         else:
             packed = (self.planes, self.scale, self.offset, self.global_scale)
             product = ops.overload("linear", self.suffix)(x, *packed, bias, *self._form, self.codebook)
@@ -273,6 +288,11 @@ class PackedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Rows ``input`` of the table, ``[..., embedding_dim]``."""
         return self.weight.embedding(input)  # type: ignore[attr-defined, no-any-return]
+
+
+def _is_derived(operand: Any) -> bool:
+    """Whether ``operand`` is inside a torch.func transform or has a tangent: operators know the reverse mode alone."""
+    return isinstance(operand, Tensor) and (is_transformed(operand) or forward_ad.unpack_dual(operand).tangent is not None)
 
 
 def matrix_of(module: nn.Module) -> PackedMatrix | None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kbit_inductor._compat import compile_package
+from kbit_inductor import logs
+from kbit_inductor._compat import compile_package, uncompiled
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.config import Config
 from kbit_inductor.errors import (
@@ -28,11 +29,10 @@ from kbit_inductor.errors import (
     UnexportableModelError,
 )
 from kbit_inductor.kernels.cpu import build, compiler
-from kbit_inductor.logs import logger
 from kbit_inductor.models.surgery import packed_matrices
 from kbit_inductor.passes.fuse import fuse
 
-log = logger("passes")
+log = logs.logger("passes")
 SUFFIX = "_cpu"  # of the operators that are C++ altogether
 
 
@@ -66,8 +66,10 @@ def export(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any]
     path = Path(path)
     if path.suffix != ".pt2":
         raise InvalidOptionError(f"a package is a file of the name *.pt2, not {path.name!r}")
+    model = uncompiled(model)
     if model.training:
         raise TrainingModeError("the model is in training mode; call model.eval() before it is exported")
+    logs.configure()
     _check_kernels(model)
     arguments, keywords = _call_of(example)
     program = _captured(model, arguments, keywords, dynamic)

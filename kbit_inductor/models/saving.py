@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor._compat import uncompiled
 from kbit_inductor.errors import (
     CorruptModelError,
     InvalidOptionError,
@@ -46,7 +47,8 @@ def save(model: nn.Module, folder: str | Path, *, shard_bytes: int = SHARD_BYTES
     folder already is replaced in one step: whatever happens meanwhile, the folder has the old model or the new one.
 
     Args:
-        model: on any device. Without packed weights it is saved as well.
+        model: on any device. Without packed weights it is saved as well. One that ``torch.compile`` has returned is saved as the
+            model that was compiled.
         folder: made where it is not there.
         shard_bytes: of a file, unless one weight is larger. So much is in memory besides the model.
 
@@ -61,6 +63,7 @@ def save(model: nn.Module, folder: str | Path, *, shard_bytes: int = SHARD_BYTES
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotAModelFolderError(f"{folder} is a file; give a folder, or a name that nothing has yet")
+    model = uncompiled(model)
     matrices = packed_matrices(model)
     floats, aliases = _floats(model)
     description = _description(model)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kbit_inductor import logs
+from kbit_inductor._compat import uncompiled
 from kbit_inductor.bits.planner import plan
 from kbit_inductor.calibrating.calibrate import calibrate
-from kbit_inductor.calibration import Calibration
+from kbit_inductor.calibration import Calibration, lacking, warn_lacking
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.ends import ends_of_model
-from kbit_inductor.logs import logger
 from kbit_inductor.models.modules import PackedEmbedding, PackedLinear, PackedMatrix, matrix_of, run
 from kbit_inductor.overrides import check_names
 from kbit_inductor.packing import WEIGHT_DTYPES, check_finite, pack
@@ -22,7 +23,7 @@ from kbit_inductor.progress import Progress
 from kbit_inductor.side import with_shift
 from kbit_inductor.weights.release import Trimmer, trim_heap
 
-log = logger("pack")
+log = logs.logger("pack")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def quantize_(
     ``forward`` of their own, weights that other modules use too, and all that is no matrix of these two kinds of module.
 
     Args:
-        model: with float weights. It may not be one of the two kinds of module itself, since it is changed in place.
+        model: with float weights. It may not be one of the two kinds of module itself, since it is changed in place. Of a model
+            that ``torch.compile`` has returned, the one that was compiled is changed.
         config: the options, as for ``torch.compile(model, backend="kbit", options=config)``. Those about compiling change nothing.
         calibration: data as :func:`kbit_inductor.calibrate` takes it, or what that has returned.
         tokenizer: of texts among the data.
@@ -72,16 +74,21 @@ def quantize_(
         NonFiniteWeightError: a weight with NaN or an infinity; the model is as it was.
         BudgetError, EmptyCalibrationError, NonFiniteActivationError: as :func:`plan` and :func:`calibrate` raise them.
     """
-    resolved = Config.from_options(config)
+    logs.configure()
+    resolved, given = Config.from_options(config), uncompiled(model)
     if resolved.bits == "auto":
         data = None if isinstance(calibration, Calibration) else calibration
-        resolved = plan(model, resolved, data, tokenizer=tokenizer).apply(resolved)
+        resolved = plan(given, resolved, data, tokenizer=tokenizer).apply(resolved)
     statistics = calibration if isinstance(calibration, Calibration) else resolved.calibration
     if statistics is None and calibration is not None:
-        statistics = calibrate(model, calibration, resolved, tokenizer=tokenizer)
-    waiting = list(_to_swap(model, resolved))
-    for weight, _, places in waiting:
+        statistics = calibrate(given, calibration, resolved, tokenizer=tokenizer)
+    waiting = list(_to_swap(given, resolved))
+    for weight, layer, places in waiting:
         check_finite(weight, places[0].name)
+        for reason in lacking(layer, None) if statistics is None else ():
+            warn_lacking(reason)
+    if not waiting:
+        _warn_nothing(given)
     # The largest last: what its conversion takes besides is there when few floats are left.
     waiting.sort(key=lambda one: -one[0].numel())
     trimmer = Trimmer()
@@ -143,6 +150,14 @@ def _to_swap(model: nn.Module, config: Config) -> Iterator[tuple[Tensor, LayerCo
             yield weight, layer.without_side, together
         else:
             yield weight, layer, together
+
+
+def _warn_nothing(model: nn.Module) -> None:
+    kind = type(model).__name__
+    why = "KBIT_LOGS=pack tells of each of its layers why"
+    if type(model) in (nn.Linear, nn.Embedding):
+        why = "it is a layer itself, which cannot be swapped in place; put it into a module, nn.Sequential for one"
+    log.warning("quantize_ has packed no weight of the %s: %s", kind, why)
 
 
 def _places(model: nn.Module) -> Iterator[Place]:

@@ -78,7 +78,8 @@ class Call:
 
 def fuse(context: Context) -> None:
     """Fuse all that can be fused, and count how often each kind of fusion was done."""
-    products = [node for target in (LINEAR, TILED_LINEAR) for node in context.graph.find_nodes(op="call_function", target=target)]
+    found = (node for target in (LINEAR, TILED_LINEAR) for node in context.graph.find_nodes(op="call_function", target=target))
+    products = [node for node in found if not context.is_inside_transform(node)]
     if torch.is_grad_enabled() or not products:
         return
     fusion = _Fusion(context)

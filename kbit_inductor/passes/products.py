@@ -68,7 +68,14 @@ def _window(rewriter: Rewriter, node: Any, dims: int) -> Strides | None:
 
 def _linear(rewriter: Rewriter, input: Any, weight: Any, bias: Any = None) -> fx.Node | None:
     window = _window(rewriter, weight, 2)
-    return None if window is None else rewriter.linear(input, weight, window, bias)
+    if window is None:
+        return None
+    if bias is None or tuple(bias.meta[VALUE].shape) == window.size[:1]:
+        return rewriter.linear(input, weight, window, bias)
+    # torch broadcasts it, the operators do not.
+    dtype = rewriter.node.meta[VALUE].dtype
+    bias = bias if bias.meta[VALUE].dtype == dtype else rewriter.call(aten._to_copy.default, bias, dtype=dtype)
+    return rewriter.sum(rewriter.linear(input, weight, window), 1, bias, 1)
 
 
 def _mm(rewriter: Rewriter, a: Any, b: Any, bias: Any = None) -> fx.Node | None:

@@ -14,7 +14,7 @@ from rich.console import Group
 from torch import Tensor, fx, nn
 
 from kbit_inductor import backend
-from kbit_inductor._compat import graph_breaks
+from kbit_inductor._compat import graph_breaks, uncompiled
 from kbit_inductor.capture import Context, Use
 from kbit_inductor.config import Config
 from kbit_inductor.errors import KbitError, ModelCallError
@@ -70,7 +70,7 @@ def explain(
         UnknownOptionError, UnmatchedOverrideError, NonFiniteWeightError: as the compiled model would.
     """
     resolved = Config.from_options(config)
-    original = getattr(model, "_orig_mod", model)
+    original = uncompiled(model)
     clock = Clock(device)
     recorder = _Recorder(resolved, clock)
     breaks_before = graph_breaks()

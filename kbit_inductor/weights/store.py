@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kbit_inductor._compat import StorageWeakRef, no_modes, storage_id
-from kbit_inductor.calibration import Calibration
+from kbit_inductor.calibration import Calibration, lacking
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.errors import ReleasedWeightError
 from kbit_inductor.logs import logger
 from kbit_inductor.packing import PackedWeight, pack
 from kbit_inductor.progress import Progress
-from kbit_inductor.quantizers import QUANTIZERS, Statistics
-from kbit_inductor.quantizers.registry import WITH_HESSIAN
+from kbit_inductor.quantizers import Statistics
 from kbit_inductor.weights import addresses
 from kbit_inductor.weights.derivation import Derivation
 from kbit_inductor.weights.release import Owners, is_released, release
@@ -92,15 +91,7 @@ class Slot:
 
     def lacks(self, weight: Tensor) -> list[str]:
         """What has to be done without that is made use of, statistics of the inputs; nothing when all is there."""
-        name, statistics = self.form.config.quantizer, self._statistics(weight)
-        told = []
-        if QUANTIZERS[name].needs in WITH_HESSIAN and (statistics is None or statistics.hessian is None):
-            told.append(
-                f"quantizer {name!r} does without the Hessian that it is made for; give its inputs' by the option 'calibration'"
-            )
-        if self.form.config.bias_correction and (statistics is None or statistics.mean is None):
-            told.append("no bias correction: the mean of its inputs is not known; give it by the option 'calibration'")
-        return told
+        return list(lacking(self.form.config, self._statistics(weight)))
 
     def _statistics(self, weight: Tensor) -> Statistics | None:
         return None if self.calibration is None else self.calibration.of(weight, self.form.view.columns(weight))
