@@ -28,7 +28,8 @@ class Binding:
         self.store = store
         self.slots = slots
         self.arguments = tuple(dict.fromkeys(position for slot in slots for position in slot.sources))
-        self.fingerprint = torch.ops.kbit.fingerprint.default if all(s.form.layout in TILED_LAYOUTS for s in slots) else None
+        tiled = bool(slots) and all(slot.form.layout in TILED_LAYOUTS for slot in slots)
+        self.fingerprint = torch.ops.kbit.fingerprint.default if tiled else None
         self.has_sides = any(slot.form.config != slot.form.config.without_side for slot in slots)
         self.known: dict[int, Known] = {}
 
