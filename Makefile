@@ -89,7 +89,8 @@ $(VENV)-newest/.installed: pyproject.toml | $(BIN)/python
 
 test-newest: compiler $(VENV)-newest/.installed  ## run the tests on the newest torch, in an environment of its own (several GB)
 	@echo "== tests on $$($(VENV)-newest/bin/python -c 'import torch; print(torch.__version__)')"
-	@$(VENV)-newest/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	@$(VENV)-newest/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --junitxml=build/newest.xml
+	@$(VENV)-newest/bin/python benchmarks/torch_versions.py build/newest.xml
 
 coverage: compiler $(VENV)/.installed  ## run the tests and measure their coverage: a quarter longer
 	@echo "== tests, with coverage"

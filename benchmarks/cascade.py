@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import replace
 from rich.console import Console
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from kbit_inductor.quantizers import Format, cascade, clip
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results" / "cascade.json", HERE.parent / "docs" / "cascade.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 GROUP = 64
 BITS = range(1, 9)
 COLD = 96 << 20  # bytes of copies: more than any cache
@@ -164,10 +164,7 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
 
 def write_page() -> None:
     """Replace what stands between the markers in the page."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    lines = "\n".join(markdown(json.loads(RESULTS.read_text(encoding="utf-8"))))
-    PAGE.write_text(f"{before}{BEGIN}\n{lines}\n{END}{after}", encoding="utf-8")
+    replace(PAGE, "results", markdown(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -85,7 +85,7 @@ def main() -> None:
     results = {"torch": torch.__version__, "layers": LAYERS, "tokens": TOKENS, "seconds": found}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     PAGE.write_text(render(results), encoding="utf-8")
-    Console().print(render(results), highlight=False)
+    Console().print(render(results), highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import replace
 from torch import Tensor, nn
 
 import kbit_inductor as kbit
@@ -27,7 +28,6 @@ from kbit_inductor.packing import PackedWeight
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = REPOSITORY / "docs" / "import.md", REPOSITORY / "benchmarks" / "results" / "import.json"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 ROWS, COLUMNS, GROUP = 256, 1024, 128
 UNITS_OF_K_QUANTS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes of a block
 Row = dict[str, Any]
@@ -333,10 +333,7 @@ def main() -> None:
         except ImportError as error:
             print(f"{format.__name__} is left out: {error}", file=sys.stderr)
     RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, *table(rows), END + after]), encoding="utf-8")
+    replace(PAGE, "table", table(rows))
     print("\n".join(table(rows)))
 
 

@@ -18,6 +18,7 @@ import gguf
 import smollm2
 import torch
 from cpu.llama import Greedy
+from page import replace
 from torch import Tensor
 
 import kbit_inductor as kbit
@@ -25,7 +26,6 @@ from kbit_inductor.models.surgery import packed_matrices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = REPOSITORY / "docs" / "import.md", REPOSITORY / "benchmarks" / "results" / "llama_tokens.json"
-BEGIN, END = "<!-- llama: begin -->", "<!-- llama: end -->"
 PROMPTS = ("Gravity is", "The capital of France is", "Once upon a time", "To bake bread, you need")
 NEW_TOKENS, LENGTH = 32, 128
 
@@ -84,9 +84,7 @@ def main() -> None:
         "tensors": tensors, "exported_tokens_same": theirs == again, "prompts": rows,
     }  # fmt: skip
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, *table(results), END + after]), encoding="utf-8")
+    replace(PAGE, "llama", table(results))
     print(json.dumps(results, indent=1))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import smollm2
 import torch
 from measure import cpu_name, reset_peak, status
+from page import replace
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +32,6 @@ from kbit_inductor.weights.release import trim_heap
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = REPOSITORY / "docs" / "models.md", REPOSITORY / "benchmarks" / "results" / "loading.json"
-BEGIN, END = "<!-- loading: begin -->", "<!-- loading: end -->"
 OPTIONS = {"bits": 4}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 512}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -122,9 +122,7 @@ def table(results: dict[str, Any]) -> list[str]:
 def write(results: dict[str, Any]) -> None:
     """Write the JSON, and the table of the page."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, *table(results), END + after]), encoding="utf-8")
+    replace(PAGE, "loading", table(results))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import smollm2
 import torch
 from measure import cpu_name, timed
+from page import replace
 from rich.console import Console
 from torch import Tensor
 
@@ -30,7 +31,6 @@ from kbit_inductor.models.surgery import packed_matrices
 
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE.parent / "docs" / "deploy.md", HERE / "results" / "package.json"
-BEGIN, END = "<!-- package: begin -->", "<!-- package: end -->"
 PROMPT = "Gravity is"
 NEW_TOKENS = 16
 LENGTHS = (1, 16, 128)  # tokens of a call that is timed
@@ -87,9 +87,7 @@ def parting(model: Any, ids: Tensor, tokens: list[int]) -> dict[str, float]:
 def write(results: dict[str, Any]) -> None:
     """Write the JSON, and the tables of the page."""
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, *table(results), END + after]), encoding="utf-8")
+    replace(PAGE, "package", table(results))
 
 
 def table(results: dict[str, Any]) -> list[str]:

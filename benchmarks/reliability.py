@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from page import replace
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = REPOSITORY / "docs" / "testing.md", REPOSITORY / "benchmarks" / "results" / "reliability.json"
-BEGIN, END = "<!-- reliability: begin -->", "<!-- reliability: end -->"
 TESTS = REPOSITORY / "tests"
 READ = "read"  # a file that was damaged where nothing looks, or whose values are others
 
@@ -68,9 +69,7 @@ def table(results: dict[str, Any]) -> list[str]:
 def write(results: dict[str, Any]) -> None:
     """Write the JSON, and the tables of the page."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, *table(results), END + after]), encoding="utf-8")
+    replace(PAGE, "reliability", table(results))
 
 
 def main() -> None:

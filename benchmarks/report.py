@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from page import replace
 from rich import box
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 Results = dict[str, Any]
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MARK = "results"
 COLUMNS = ("", "weights", "per weight", "peak", "decoding", "perplexity", "decode", "first call")
 UNITS = ("", "MB", "bits", "MB", "MB", "", "tok/s", "s")
 BLUE, RED, GREY = "#2a5db0", "#c2452d", "#777777"
@@ -145,9 +146,4 @@ def markdown(results: Results) -> str:
 
 def write(results: Results, document: Path) -> None:
     """Replace what stands between the two markers in ``document``."""
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{document.name} has no lines {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+    replace(document, MARK, [markdown(results)])

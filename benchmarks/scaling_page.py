@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from page import replace
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "scaling.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def markdown(results: dict[str, Any]) -> Iterator[str]:
@@ -49,10 +50,7 @@ def main(folder: Path) -> None:
     """Copy, and replace what stands between the markers in the page."""
     for name, target in (("scaling.json", REPOSITORY / "benchmarks" / "results"), ("scaling.png", REPOSITORY / "docs")):
         shutil.copy(folder / name, target / name)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    lines = "\n".join(markdown(json.loads((folder / "scaling.json").read_text(encoding="utf-8"))))
-    PAGE.write_text(f"{before}{BEGIN}\n{lines}\n{END}{after}", encoding="utf-8")
+    replace(PAGE, "results", markdown(json.loads((folder / "scaling.json").read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kbit_inductor import logs
 from kbit_inductor._compat import cache_tag, copy_graph, inductor
 from kbit_inductor.bits.graph import with_bits
 from kbit_inductor.calibration import warn_lacking
-from kbit_inductor.capture import Context, begin, find_weights
+from kbit_inductor.capture import Context, begin, find_weights, share_writes
 from kbit_inductor.config import Config
 from kbit_inductor.debug.inspector import Inspector
 from kbit_inductor.digest import digest
@@ -91,6 +91,7 @@ def capture(
     """
     check_instruction_set()
     copied = copy_graph(gm)
+    share_writes(copied.graph)
     weights = find_weights(copied.graph, example_inputs, config)
     check_overrides(config, weights, example_inputs)
     if config.bits == "auto":

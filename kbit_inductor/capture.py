@@ -257,6 +257,20 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
     return [item for item in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(item, Tensor)]
 
 
+def share_writes(graph: fx.Graph) -> None:
+    """Let every tensor of ``graph`` know of a write to its memory: its version says so then, which all passes ask.
+
+    ``x.data`` and a detached ``x`` that comes as another input share its memory, but count versions of their own.
+    """
+    tensors = [
+        value for node in graph.nodes for value in tensors_of(node) if value.layout == torch.strided and not is_transformed(value)
+    ]
+    written = {storage_id(value) for value in tensors if value._version > 0}
+    for value in tensors:
+        if value._version == 0 and storage_id(value) in written:
+            torch.autograd.graph.increment_version(value)
+
+
 def find_weights(graph: fx.Graph, inputs: Sequence[Any], config: Config) -> list[GraphWeight]:
     """The weights among the inputs of Dynamo's graph: parameters, and buffers of modules, of two or more dimensions."""
     named = list(_named_weights(graph, inputs))

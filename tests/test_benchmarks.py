@@ -221,7 +221,7 @@ def test_tables_show_every_row(quick: tuple[dict[str, Any], Path], tmp_path: Pat
         console.print(tables.drawn(grid))
     printed = console.export_text()
     document = tmp_path / "benchmarks.md"
-    document.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    document.write_text(f"before\n<!-- {tables.MARK}: begin -->\nold\n<!-- {tables.MARK}: end -->\nafter\n")
     for _ in range(2):
         tables.write(tables.report(results, document.parent), document)
     text = document.read_text()
@@ -231,7 +231,7 @@ def test_tables_show_every_row(quick: tuple[dict[str, Any], Path], tmp_path: Pat
     document.write_text("no markers")
     with pytest.raises(SystemExit, match="no lines"):
         tables.write(tables.report(results, document.parent), document)
-    assert tables.BEGIN in (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"<!-- {tables.MARK}: begin -->" in (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 @compiles

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 
 import pytest
 import torch
@@ -91,3 +92,25 @@ def test_a_model_that_was_packed_before_is_checked_too():
     kbit.quantize_(packed, OPTIONS)
     report = torch.compile(packed, backend="kbit", options=OPTIONS | {"debug": True})(torch.randn(30, 24))
     assert report.shape == (30, 24)
+
+
+def test_luck_in_a_sum_that_cancels_is_no_measure_for_the_passes_after_it():
+    """Whole numbers are added exactly. A pass that rounds one of them moves the small difference by many units."""
+
+    class Cancelling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small, self.large, self.other = (nn.Parameter(n + torch.arange(24.0)) for n in (1.0, 7001.0, 7000.0))
+
+        def forward(self, x):
+            return x * 0 + (self.small + self.large - self.other)
+
+    def detour(gm, context):
+        for node in gm.graph.find_nodes(op="call_function", target=operator.sub):
+            with gm.graph.inserting_before(node):
+                scaled = gm.graph.call_function(torch.mul, (node.args[0], 1.1))
+                node.update_arg(0, gm.graph.call_function(torch.div, (scaled, 1.1)))
+
+    kbit.register_pass(detour, tier="bounded", before="pack")
+    x, call = torch.randn(24), torch.compile(Cancelling(), backend="kbit", options=OPTIONS | {"debug": True})
+    assert torch.allclose(call(x), torch.arange(2.0, 26.0), atol=8000 * 2 * torch.finfo(torch.float32).eps)

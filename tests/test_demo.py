@@ -126,7 +126,7 @@ def test_table_json_and_picture(rows: list[measure.Row], tmp_path: Path, capsys:
 
 def test_block_of_a_page_is_replaced(rows: list[measure.Row], tmp_path: Path) -> None:
     page = tmp_path / "demo.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n<!-- {report.MARK}: begin -->\nold\n<!-- {report.MARK}: end -->\nafter\n")
     for _ in range(2):
         report.write(as_results(rows), page)
     text = page.read_text()
@@ -135,7 +135,7 @@ def test_block_of_a_page_is_replaced(rows: list[measure.Row], tmp_path: Path) ->
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="no lines"):
         report.write(as_results(rows), page)
-    assert report.BEGIN in (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert f"<!-- {report.MARK}: begin -->" in (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
 
 
 def test_text_and_licence_are_carried() -> None:

@@ -73,3 +73,8 @@ def test_strided_and_broadcast_inputs(layout: Callable[[int], Tensor]) -> None:
     call(inputs(5))
     x = layout(5)
     assert_current(call(x), model, x)
+
+
+def test_a_function_without_weights_is_compiled() -> None:
+    x = torch.randn(3, 5)
+    assert torch.equal(torch.compile(lambda x: x * 2 + 1, backend="kbit")(x), x * 2 + 1)

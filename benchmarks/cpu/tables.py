@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from page import replace
 from rich import box
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from cpu.ceilings import bandwidth
 from cpu.layers import compare, fastest
 
 Results = dict[str, Any]
-BEGIN, END = "<!-- bench-cpu: begin -->", "<!-- bench-cpu: end -->"
+MARK = "bench-cpu"
 PICTURES = {"cpu-layers.png": "Time of a layer against bits", "cpu-decode.png": "What a decoded token's time goes into"}
 NONE = "–"
 
@@ -54,12 +55,7 @@ def markdown(grid: Grid) -> str:
 
 def write(found: str, document: Path) -> None:
     """Replace what stands between the two markers in ``document``."""
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{document.name} has no lines {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}", encoding="utf-8")
+    replace(document, MARK, [found])
 
 
 def report(results: Results, folder: Path) -> str:

@@ -87,6 +87,19 @@ class Trial:
                 slot.form.view.assign(values[name], packed.dequantize(torch.float64))
         return Trial(values, self.packed)
 
+    def perturbed(self) -> Trial:
+        """This trial with each float off by one unit in its last place, up or down, in float64."""
+        generator = torch.Generator().manual_seed(1)
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            signs = torch.randint(2, value.shape, generator=generator).to(value.device) * 2 - 1
+            return widen(value.detach()) * (1 + signs * torch.finfo(value.dtype).eps)
+
+        with isolated():
+            return Trial({name: moved(value) for name, value in self.values.items()}, self.packed)
+
     def _arguments(self, gm: fx.GraphModule, values: Mapping[str, Any]) -> list[Any]:
         """A copy of each value, since a graph may write to what it is given; packed operands themselves."""
         packed = [operand for one in self.packed for operand in one.inputs]

@@ -168,10 +168,16 @@ def _recipe(node: fx.Node, sources: list[fx.Node], constants: dict[fx.Node, list
         return None
     if not all(_is_pure(step) for step in traced.graph.nodes if step.op not in ("placeholder", "output")):
         return None
-    for each in traced.graph.nodes:
-        each.meta.clear()  # fake tensors
-    traced.recompile()
-    return traced
+    return _without_values(traced)
+
+
+def _without_values(traced: fx.GraphModule) -> fx.GraphModule:
+    """A copy of ``traced`` that holds no fake tensors. A graph remembers the nodes that were erased from it, so it is a new one."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    for node in graph.nodes:
+        node.meta.clear()
+    return fx.GraphModule(traced, graph)
 
 
 def _is_pure(step: fx.Node) -> bool:

@@ -1,0 +1,61 @@
+"""How the test suite ended on the torch of this interpreter: a row of ``results/torch_versions.json`` and of docs/status.md.
+
+    python -m pytest --junitxml=build/tests.xml
+    python benchmarks/torch_versions.py build/tests.xml
+
+``make test-newest`` does both. Several files are parts of one run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from page import replace
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = REPOSITORY / "docs" / "status.md", REPOSITORY / "benchmarks" / "results" / "torch_versions.json"
+OUTCOMES = ("passed", "failed", "skipped")
+
+
+def outcomes(files: Sequence[Path]) -> dict[str, int]:
+    """How many tests ended how, in pytest's reports ``files``."""
+    counted: Counter[str] = Counter()
+    for file in files:
+        for case in ElementTree.parse(file).getroot().iter("testcase"):
+            kinds = {child.tag for child in case}
+            counted["failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"] += 1
+    return {name: counted[name] for name in OUTCOMES}
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each torch, in Markdown."""
+    lines = ["| torch | Python | transformers | tests that passed | failed | skipped |", "|---|---|---|---:|---:|---:|"]
+    for version in sorted(results, key=torch.torch_version.TorchVersion):
+        row = results[version]
+        lines.append(f"| {version} | {row['python']} | {row['transformers']} | " + " | ".join(str(row[o]) for o in OUTCOMES) + " |")
+    return lines
+
+
+def main() -> None:
+    """Count, and write it down."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    files = [Path(argument) for argument in sys.argv[1:]]
+    if not files:
+        sys.exit("name the files that pytest --junitxml wrote")
+    about = {"python": platform.python_version(), "transformers": transformers.__version__}
+    results[torch.__version__] = {**about, **outcomes(files)}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    replace(PAGE, "torch", table(results))
+
+
+if __name__ == "__main__":
+    main()
