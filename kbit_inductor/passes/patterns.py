@@ -76,6 +76,21 @@ def activation_of(node: Any) -> str | None:
     return names[0] if names else None
 
 
+def is_number(operand: Any) -> bool:
+    """Whether ``operand`` is a node that gives a float."""
+    return isinstance(operand, fx.Node) and isinstance(operand.meta.get(VALUE), torch.SymFloat)
+
+
+def number_of(operand: Any) -> float | None:
+    """The float that ``operand`` is, if it is one.
+
+    With ``dynamic=True`` Dynamo takes a module's floats, as the epsilon of a norm, for inputs that may change. One that is asked
+    for here is guarded: should it change, the model is compiled anew.
+    """
+    value = operand.meta[VALUE] if is_number(operand) else operand
+    return float(value) if isinstance(value, (float, torch.SymFloat)) else None
+
+
 def alike(a: Any, b: Any) -> bool:
     """Whether both are tensors of the same shape, dtype and device."""
     x, y = value_of(a), value_of(b)
@@ -128,27 +143,27 @@ def rms_norm(node: Any, halves: bool = False) -> tuple[fx.Node, fx.Node, float] 
     x, inverse = _pair(scaled, MULTIPLY, lambda n: not _is_rsqrt(n))
     if weight is None or x is None or not _is_rsqrt(inverse):
         return None
-    mean, eps = _pair(inverse.args[0], ADD, lambda n: isinstance(n, fx.Node))
-    if not isinstance(eps, float) or not _is_mean_square(mean, x):
-        return None
-    return _norm_of(node, _uncast(x, halves), weight, eps, halves)
+    mean, eps = _pair(inverse.args[0], ADD, lambda n: _is_mean_square(n, x))
+    return None if mean is None else _norm_of(node, _uncast(x, halves), weight, eps, halves)
 
 
 def _torch_rms_norm(node: fx.Node, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
     arguments = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | dict(node.kwargs)
     x, weight, eps = arguments.get("input"), arguments.get("weight"), arguments.get("eps")
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not isinstance(eps, float):
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     return _norm_of(node, x, weight, eps, halves)
 
 
-def _norm_of(node: fx.Node, x: Any, weight: Any, eps: float, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
+def _norm_of(node: fx.Node, x: Any, weight: Any, eps: Any, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
     """The norm that ``node`` is, if all of it is of one dtype: float32, or with ``halves`` any."""
     if not (is_constant(x) and is_constant(weight)):
         return None
     a, b = x.meta[VALUE], weight.meta[VALUE]
     fits = alike(node, x) and a.dtype == b.dtype and a.dtype in (FLOATS if halves else (torch.float32,)) and b.dim() == 1
-    return (x, weight, eps) if fits and a.shape[-1] == b.shape[0] else None
+    if not fits or a.shape[-1] != b.shape[0] or (number := number_of(eps)) is None:
+        return None
+    return x, weight, number
 
 
 def _pair(node: Any, targets: tuple[Any, ...], first: Callable[[Any], bool]) -> tuple[Any, Any]:
