@@ -28,6 +28,7 @@ ACTIVATIONS = {
     "tanh": (torch.tanh, functional.tanh, "tanh", aten.tanh.default),
 }
 LINEARS = (functional.linear, aten.linear.default)
+DROPOUTS = (functional.dropout, torch.dropout, aten.dropout.default)
 GELU = (functional.gelu, aten.gelu.default)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,6 +92,12 @@ def number_of(operand: Any) -> float | None:
     return float(value) if isinstance(value, (float, torch.SymFloat)) else None
 
 
+def is_off(dropout: fx.Node) -> bool:
+    """Whether the call ``dropout`` gives its input."""
+    training = dropout.args[2] if len(dropout.args) > 2 else dropout.kwargs.get("training", dropout.kwargs.get("train", True))
+    return training is False and bool(dropout.args)
+
+
 def alike(a: Any, b: Any) -> bool:
     """Whether both are tensors of the same shape, dtype and device."""
     x, y = value_of(a), value_of(b)
@@ -143,7 +150,7 @@ def rms_norm(node: Any, halves: bool = False) -> tuple[fx.Node, fx.Node, float] 
     x, inverse = _pair(scaled, MULTIPLY, lambda n: not _is_rsqrt(n))
     if weight is None or x is None or not _is_rsqrt(inverse):
         return None
-    mean, eps = _pair(inverse.args[0], ADD, lambda n: _is_mean_square(n, x))
+    mean, eps = _pair(inverse.args[0], ADD, lambda n: _is_mean_square(n, x, halves))
     return None if mean is None else _norm_of(node, _uncast(x, halves), weight, eps, halves)
 
 
@@ -180,7 +187,7 @@ def _is_rsqrt(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in (torch.rsqrt, "rsqrt", aten.rsqrt.default)
 
 
-def _is_mean_square(node: Any, x: fx.Node) -> bool:
+def _is_mean_square(node: Any, x: fx.Node, halves: bool) -> bool:
     if not isinstance(node, fx.Node) or node.target not in ("mean", torch.mean, aten.mean.dim):
         return False
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -188,7 +195,8 @@ def _is_mean_square(node: Any, x: fx.Node) -> bool:
     square = node.args[0]
     if dims not in (-1, [-1], (-1,)) or keeps is not True or not isinstance(square, fx.Node):
         return False
-    return square.target in ("pow", torch.pow, operator.pow, aten.pow.Tensor_Scalar) and square.args == (x, 2)
+    is_square = square.target in ("pow", torch.pow, operator.pow, aten.pow.Tensor_Scalar) and square.args[1:] == (2,)
+    return is_square and _uncast(square.args[0], halves) is _uncast(x, halves)
 
 
 def unsliced(node: Any) -> Any:
