@@ -104,3 +104,23 @@ def test_a_computed_weight_that_something_else_reads_stays_for_it() -> None:
     model.forward = lambda x: (lambda w: x @ w.t() + w.sum())(model.weight * model.scale)  # type: ignore[method-assign]
     assert_equivalent(model, torch.randn(3, K), {"bits": 4}, through_inductor=False)
     assert kbit.explain(model, torch.randn(3, K)).matched
+
+
+class Standardized(nn.Linear):
+    eps = 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, functional.layer_norm(self.weight, (K,), eps=self.eps))
+
+
+@torch.no_grad()
+def test_a_number_that_dynamo_makes_an_input_is_known_and_may_change() -> None:
+    torch._dynamo.reset()
+    model, x = Standardized(K, N, bias=False), torch.randn(3, K)
+    (graph,) = rewrite(model, x, dynamic=True)
+    assert set(graph.operators) <= {"kbit.fused_linear_cpu.default"}
+    compiled = torch.compile(model, backend="kbit", options={"bits": 8, "min_elements": 0, "activation_bits": 16}, dynamic=True)
+    for eps in (1e-3, 10.0):
+        model.eps = eps
+        expected = functional.linear(x, functional.layer_norm(model.weight, (K,), eps=eps))
+        assert relative_error(compiled(x), expected) < 0.02  # half of a step of 8 bits, of weights up to 4 deviations, is 1.6 %

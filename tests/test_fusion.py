@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kbit_inductor.testing import dequantized_copy
+from kbit_inductor.testing import dequantized_copy, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread_without_grad")
 
@@ -171,6 +171,19 @@ class Norm(nn.Module):
 def test_rms_norms_are_fused_in_front(norm):
     compiled = Compiled(nn.Sequential(norm, nn.Linear(24, 30)), torch.randn(3, 24))
     assert compiled.fusions == {"norm": 1} and len(compiled.operators) == 1 and compiled.error < 1e-5
+
+
+def test_the_eps_of_a_norm_may_be_an_input_of_the_graph():
+    class WithEps(Norm):
+        eps = 1e-6
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps))
+
+    module = nn.Sequential(WithEps(24), nn.Linear(24, 30)).eval()
+    (graph,) = rewrite(module, torch.randn(3, 24), config=OPTIONS, dynamic=True)
+    assert any("eps" in placeholder.name for placeholder in graph.graph.graph.find_nodes(op="placeholder"))
+    assert graph.fusions == {"norm": 1} and graph.operators == {"kbit.fused_linear_cpu.default": 1}
 
 
 def test_a_norm_that_others_read_is_computed_for_them_too():

@@ -41,7 +41,9 @@ class Recorder:
     """A backend that runs the rewritten graph operator by operator or through Inductor, and keeps what the passes did."""
 
     def __init__(self, model: nn.Module, config: Config, inductor: bool) -> None:
-        self.names = {id(t): name.removesuffix(".weight") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self.names = {id(t): name.removesuffix(".weight") for name, t in tensors}
+        self.sizes = {name.removesuffix(".weight"): t.numel() for name, t in tensors}
         self.config = config
         self.inductor = inductor
         self.graphs = 0
@@ -93,12 +95,13 @@ class Recorder:
         return sum(self.terms) * UNIT_ROUNDOFF
 
     def unmatched(self) -> list[dict[str, Any]]:
-        """Products that stay in float: operator, weights, multiply–adds and why."""
+        """Products that stay in float: operator, weights, multiply–adds, how many numbers the weights are, and why."""
         return [
             {
                 "operator": operator,
                 "weights": sorted(names),
                 "multiply_adds": count,
+                "parameters": sum(self.sizes[name] for name in names),
                 "reasons": sorted({reason for name in names for reason in self.reasons.get(name, [])}),
             }
             for (operator, names), count in self.left.most_common()

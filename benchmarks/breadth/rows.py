@@ -20,7 +20,8 @@ STAGES: dict[str, Any] = {
 LEFT: dict[str, Any] = {
     "depths": [1, 1, 1, 1], "hidden_sizes": [96, 192, 384, 768], "patch_size": 4, "num_hidden_layers": ...
 }  # fmt: skip
-SMALL_CONV: dict[str, Any] = {"depth_multiplier": 0.25}
+# As wide as the architecture is, for a depthwise convolution to weigh as little as it does there.
+OWN: dict[str, Any] = {"depths": [1, 1, 1, 1], "num_attention_heads": ..., "hidden_size": ..., "num_hidden_layers": ...}
 WAVE: dict[str, Any] = {
     "conv_dim": [32, 32], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0,
@@ -74,23 +75,19 @@ IMAGES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         "convnext": LEFT, "convnextv2": LEFT, "dinov3_convnext": LEFT, "poolformer": FOUR, "regnet": {**FOUR, "groups_width": 8},
         "resnet": {**FOUR, "embedding_size": 16}, "bit": {**FOUR, "embedding_size": 16, "num_groups": 8},
         "hgnet_v2": STAGES, "textnet": {},
-        "efficientnet": {"initializer_range": 0.3, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
-        "mobilenet_v1": SMALL_CONV, "mobilenet_v2": SMALL_CONV, "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1]},
+        "efficientnet": {"initializer_range": 0.3, "depth_coefficient": 0.1}, "mobilenet_v1": {}, "mobilenet_v2": {},
+        "focalnet": {"embed_dim": 16, "depths": [1, 1, 1, 1]},
         "mobilevit": {"initializer_range": 0.3, "hidden_sizes": [32, 32, 32], "neck_hidden_sizes": [8, 16, 16, 16, 16, 16, 32]},
         "cvt": {"embed_dim": [16, 32, 48], "depth": [1, 2, 3], "num_heads": [1, 2, 3]},
         "pvt": {**FOUR, "num_attention_heads": [1, 1, 2, 4], "sequence_reduction_ratios": [4, 2, 1, 1]},
-        "pvt_v2": {**FOUR, "num_attention_heads": [1, 1, 2, 4]}, "segformer": {**FOUR, "num_attention_heads": [1, 1, 2, 4]},
-        "glpn": {**FOUR, "num_attention_heads": [1, 1, 2, 4]}, "swiftformer": {"depths": [1, 1, 1, 1],
+        "pvt_v2": OWN, "segformer": OWN, "glpn": OWN, "swiftformer": {"depths": [1, 1, 1, 1],
         "embed_dims": [16, 24, 32, 48]},
     }.items()
 }  # fmt: skip
 IMAGES |= {
     "levit": ({"hidden_sizes": [32, 48, 64], "depths": [1, 1, 1], "image_size": 64, "patch_size": 16}, lambda: pixels(64)),
     "hiera": ({"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}, lambda: pixels(64)),
-    "mobilevitv2": (
-        {"width_multiplier": 0.25, "base_attn_unit_dims": [32, 48, 64], "n_attn_blocks": [1, 1, 1], "patch_size": 2},
-        lambda: pixels(64),
-    ),
+    "mobilevitv2": ({"n_attn_blocks": [1, 1, 1], "patch_size": 2}, lambda: pixels(64)),
     "timesformer": ({"num_frames": 4}, video), "vivit": ({"num_frames": 4, "tubelet_size": [2, 8, 8]}, video),
     "videomae": ({"num_frames": 4}, video),
 }  # fmt: skip

@@ -30,6 +30,8 @@ from breadth.rows import architectures  # noqa: E402
 from rich.console import Console  # noqa: E402
 from torch import nn  # noqa: E402
 
+from kbit_inductor.atomic import replacing  # noqa: E402
+
 RESULTS = HERE.parent / "results" / "breadth.json"
 WAYS = (Way(4), Way(8, dynamic=True))
 LIMIT = 240  # seconds of one architecture
@@ -69,7 +71,8 @@ def _keep(each: Architecture, runs: dict[str, dict[str, Any]]) -> None:
 
 
 def _write(results: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with replacing(RESULTS) as file:
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _parse() -> argparse.Namespace:

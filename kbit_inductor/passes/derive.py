@@ -16,7 +16,7 @@ from kbit_inductor._compat import OpOverload, mark_static_input, storage_id, tra
 from kbit_inductor.capture import VALUE, Context, GraphWeight, Memory, ineligible, layer_name
 from kbit_inductor.config import LayerConfig
 from kbit_inductor.given_grid import GivenGrid
-from kbit_inductor.passes.patterns import LINEARS, is_constant
+from kbit_inductor.passes.patterns import LINEARS, is_constant, is_number, number_of
 from kbit_inductor.passes.products import rule_of
 from kbit_inductor.passes.scheme import grid_of
 from kbit_inductor.weights.derivation import Derivation
@@ -60,14 +60,14 @@ def explain_computed_weights(context: Context) -> None:
 
 
 def constant_nodes(context: Context) -> dict[fx.Node, list[fx.Node]]:
-    """The nodes that read parameters alone, each with those that it comes from.
+    """The nodes that read parameters and numbers alone, each with the parameters that it comes from.
 
     A product or look-up that will be packed is none: it is computed from what the packed weight stands for. A product of low rank,
     ``B @ A``, or one that gives a vector, is one: to store what it gives takes less than to compute it.
     """
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in context.graph.nodes:
-        operands = node.all_input_nodes
+        operands = [operand for operand in node.all_input_nodes if not is_number(operand)]
         if node.op == "placeholder":
             if _is_parameter(node) and is_constant(node):
                 found[node] = [node]
@@ -150,9 +150,10 @@ def _recipe(node: fx.Node, sources: list[fx.Node], constants: dict[fx.Node, list
     """What computes ``node`` from ``sources``, if it only computes: nothing written or drawn at random."""
     steps = [step for step in node.graph.nodes if step in constants and step.op != "placeholder"]
     steps = steps[: steps.index(node) + 1]
+    numbers = {each: number_of(each) for each in ancestors(node) if is_number(each)}
 
     def compute(*given: Tensor) -> Any:
-        env: dict[fx.Node, Any] = dict(zip(sources, given, strict=True))
+        env: dict[fx.Node, Any] = {**numbers, **dict(zip(sources, given, strict=True))}
         for step in steps:
             if all(operand in env for operand in step.all_input_nodes):
                 args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda operand: env[operand])

@@ -22,7 +22,17 @@ from torch.nn import functional
 
 from kbit_inductor.capture import Context, GraphWeight
 from kbit_inductor.passes.derive import ancestors, constant_nodes
-from kbit_inductor.passes.patterns import ACTIVATIONS, ADD, DIVIDE, LINEARS, MULTIPLY, is_constant, value_of
+from kbit_inductor.passes.patterns import (
+    ACTIVATIONS,
+    ADD,
+    DIVIDE,
+    LINEARS,
+    MULTIPLY,
+    is_constant,
+    is_number,
+    number_of,
+    value_of,
+)
 from kbit_inductor.passes.values import infer_values
 
 CONVOLUTIONS: dict[Any, int] = {
@@ -76,8 +86,9 @@ def _weight_of(context: Context, product: fx.Node, constants: dict[fx.Node, Any]
 
 
 def _sources(node: fx.Node, product: fx.Node) -> set[fx.Node]:
-    """What ``node`` and ``product`` read, but for x and the product itself."""
-    return {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
+    """What ``node`` and ``product`` read, but for x, the product itself, and numbers."""
+    read = {*node.all_input_nodes, *product.all_input_nodes} - {product, product.args[0]}
+    return {each for each in read if not is_number(each)}
 
 
 def _are_fixed(sources: set[fx.Node], constants: dict[fx.Node, Any]) -> bool:
@@ -150,18 +161,14 @@ def _batch_norm(node: fx.Node, product: fx.Node, constants: dict[fx.Node, Any]) 
     given = dict(zip(BATCH_NORM, node.args[1:], strict=False)) | dict(node.kwargs)
     mean, variance, weight, bias = (given.get(name) for name in BATCH_NORM[:4])
     value: Any = value_of(product)
-    eps = given.get("eps", 1e-5)  # a node where sizes and numbers are symbols
-    if (
-        given.get("training")
-        or not isinstance(eps, float)
-        or node.args[0] is not product
-        or (product.target in LINEARS and value.dim() != 2)
-    ):
+    if given.get("training") or node.args[0] is not product or (product.target in LINEARS and value.dim() != 2):
         return None
     if any(operand not in constants for operand in (mean, variance)):
         return None
     operands = [operand for operand in (mean, variance, weight, bias) if operand is not None]
     if any(operand not in constants or value_of(operand).dtype != value.dtype for operand in operands):  # type: ignore[union-attr]
+        return None
+    if (eps := number_of(given.get("eps", 1e-5))) is None:
         return None
 
     def scale(call: Any) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ ACTIVATIONS = {
     "tanh": (torch.tanh, functional.tanh, "tanh", aten.tanh.default),
 }
 LINEARS = (functional.linear, aten.linear.default)
+DROPOUTS = (functional.dropout, torch.dropout, aten.dropout.default)
 GELU = (functional.gelu, aten.gelu.default)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,6 +88,27 @@ def cast_of(node: Any) -> fx.Node | None:
     return node.args[0] if same and is_constant(node) else None
 
 
+def is_number(operand: Any) -> bool:
+    """Whether ``operand`` is a node that gives a float."""
+    return isinstance(operand, fx.Node) and isinstance(operand.meta.get(VALUE), torch.SymFloat)
+
+
+def number_of(operand: Any) -> float | None:
+    """The float that ``operand`` is, if it is one.
+
+    With ``dynamic=True`` Dynamo takes a module's floats, as the epsilon of a norm, for inputs that may change. One that is asked
+    for here is guarded: should it change, the model is compiled anew.
+    """
+    value = operand.meta[VALUE] if is_number(operand) else operand
+    return float(value) if isinstance(value, (float, torch.SymFloat)) else None
+
+
+def is_off(dropout: fx.Node) -> bool:
+    """Whether the call ``dropout`` gives its input."""
+    training = dropout.args[2] if len(dropout.args) > 2 else dropout.kwargs.get("training", dropout.kwargs.get("train", True))
+    return training is False and bool(dropout.args)
+
+
 def alike(a: Any, b: Any, dtypes: bool = True) -> bool:
     """Whether both are tensors of the same shape, device and, with ``dtypes``, dtype."""
     x, y = value_of(a), value_of(b)
@@ -141,27 +163,27 @@ def rms_norm(node: Any, halves: bool = False) -> tuple[fx.Node, fx.Node, float] 
     x, inverse = _pair(scaled, MULTIPLY, lambda n: not _is_rsqrt(n))
     if weight is None or x is None or not _is_rsqrt(inverse):
         return None
-    mean, eps = _pair(inverse.args[0], ADD, lambda n: isinstance(n, fx.Node))
-    if not isinstance(eps, float) or not _is_mean_square(mean, x):
-        return None
-    return _norm_of(node, _uncast(x, halves), weight, eps, halves)
+    mean, eps = _pair(inverse.args[0], ADD, lambda n: _is_mean_square(n, x, halves))
+    return None if mean is None else _norm_of(node, _uncast(x, halves), weight, eps, halves)
 
 
 def _torch_rms_norm(node: fx.Node, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
     arguments = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False)) | dict(node.kwargs)
     x, weight, eps = arguments.get("input"), arguments.get("weight"), arguments.get("eps")
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not isinstance(eps, float):
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     return _norm_of(node, x, weight, eps, halves)
 
 
-def _norm_of(node: fx.Node, x: Any, weight: Any, eps: float, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
+def _norm_of(node: fx.Node, x: Any, weight: Any, eps: Any, halves: bool) -> tuple[fx.Node, fx.Node, float] | None:
     """The norm that ``node`` is, if all of it is of one dtype: float32, or with ``halves`` any."""
     if not (is_constant(x) and is_constant(weight)):
         return None
     a, b = x.meta[VALUE], weight.meta[VALUE]
     fits = alike(node, x) and a.dtype == b.dtype and a.dtype in (FLOATS if halves else (torch.float32,)) and b.dim() == 1
-    return (x, weight, eps) if fits and a.shape[-1] == b.shape[0] else None
+    if not fits or a.shape[-1] != b.shape[0] or (number := number_of(eps)) is None:
+        return None
+    return x, weight, number
 
 
 def _pair(node: Any, targets: tuple[Any, ...], first: Callable[[Any], bool]) -> tuple[Any, Any]:
@@ -178,7 +200,7 @@ def _is_rsqrt(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in (torch.rsqrt, "rsqrt", aten.rsqrt.default)
 
 
-def _is_mean_square(node: Any, x: fx.Node) -> bool:
+def _is_mean_square(node: Any, x: fx.Node, halves: bool) -> bool:
     if not isinstance(node, fx.Node) or node.target not in ("mean", torch.mean, aten.mean.dim):
         return False
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -186,7 +208,8 @@ def _is_mean_square(node: Any, x: fx.Node) -> bool:
     square = node.args[0]
     if dims not in (-1, [-1], (-1,)) or keeps is not True or not isinstance(square, fx.Node):
         return False
-    return square.target in ("pow", torch.pow, operator.pow, aten.pow.Tensor_Scalar) and square.args == (x, 2)
+    is_square = square.target in ("pow", torch.pow, operator.pow, aten.pow.Tensor_Scalar) and square.args[1:] == (2,)
+    return is_square and _uncast(square.args[0], halves) is _uncast(x, halves)
 
 
 def unsliced(node: Any) -> Any:

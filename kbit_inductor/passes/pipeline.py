@@ -11,6 +11,7 @@ from torch import fx
 from kbit_inductor.capture import Context
 from kbit_inductor.errors import InvalidPassError
 from kbit_inductor.passes.adapters import widen_adapters
+from kbit_inductor.passes.between import clear_between
 from kbit_inductor.passes.chain import chain
 from kbit_inductor.passes.cleanup import drop_unused_weights
 from kbit_inductor.passes.derive import derive_weights, explain_computed_weights
@@ -45,6 +46,7 @@ def _pack(gm: fx.GraphModule, context: Context) -> None:
 
 
 def _fuse(gm: fx.GraphModule, context: Context) -> None:
+    clear_between(context)
     fuse(context)
     fuse_epilogues(context)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 from torch.nn import functional
 
-from kbit_inductor.passes.patterns import ACTIVATIONS, LINEARS, MULTIPLY, is_constant, rms_norm, value_of
+from kbit_inductor.passes.patterns import ACTIVATIONS, DROPOUTS, LINEARS, MULTIPLY, is_constant, is_off, rms_norm, value_of
 from kbit_inductor.passes.products import linear_operands
 
 LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
@@ -69,7 +69,7 @@ def _sources(x: Any) -> tuple[fx.Node, ...]:
     if x.target in MULTIPLY and not x.kwargs:
         parts = (_sources(part) for part in x.args if _is_read_by(part, x) and _same_channels(part, x))
         return next((part for part in parts if part), ())
-    keeps = x.target in ACTIVATIONS["relu"] or (x.target is functional.dropout and _is_off(x))
+    keeps = x.target in ACTIVATIONS["relu"] or (x.target in DROPOUTS and is_off(x))
     return _sources(x.args[0]) if keeps and _is_read_by(x.args[0], x) else ()
 
 
@@ -92,8 +92,3 @@ def _is_read_by(node: Any, reader: fx.Node) -> bool:
 def _same_channels(part: Any, x: fx.Node) -> bool:
     a, b = value_of(part), value_of(x)
     return a is not None and b is not None and a.dim() > 0 and str(a.shape[-1]) == str(b.shape[-1])
-
-
-def _is_off(dropout: fx.Node) -> bool:
-    training = dropout.args[2] if len(dropout.args) > 2 else dropout.kwargs.get("training", True)
-    return training is False
