@@ -7,6 +7,8 @@ all over the range where the function bends. Only smooth steps are taken, so two
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +18,7 @@ from kbit_inductor._compat import no_modes
 from kbit_inductor.passes.patterns import ADD, DIVIDE, MULTIPLY, is_constant
 
 aten = torch.ops.aten
-SMOOTH = {
+SMOOTH: Mapping[Any, Callable[..., Any]] = {
     **dict.fromkeys(ADD, operator.add), **dict.fromkeys(MULTIPLY, operator.mul), **dict.fromkeys(DIVIDE, operator.truediv),
     **dict.fromkeys((operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar), operator.pow),
     **dict.fromkeys((torch.tanh, functional.tanh, "tanh", aten.tanh.default), torch.tanh),
