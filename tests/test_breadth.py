@@ -18,6 +18,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from breadth import report  # noqa: E402
 from breadth.measure import Way, measure  # noqa: E402
+from breadth.peers import Peer  # noqa: E402
 from breadth.products import ConstantProducts  # noqa: E402
 from breadth.rows import architectures  # noqa: E402
 
@@ -35,6 +36,18 @@ def test_every_measured_row_is_within_its_bound() -> None:
     # If rounding the weights moved the result by less, the bound would tell nothing.
     assert all(report.is_right(run) for run in measured.values())
     assert not [key for key, run in runs.items() if run.get("graph_breaks") or run.get("recompiles")]
+
+
+def test_every_row_is_measured_and_what_is_not_matched_is_explained() -> None:
+    kinds = {each.name: each.kind for each in architectures()}
+    assert {name: row["kind"] for name, row in RESULTS["rows"].items()} == kinds
+    runs = [run for row in RESULTS["rows"].values() for run in row["runs"].values() if "failed" not in run]
+    assert all(product["reasons"] for run in runs for product in run["unmatched"])
+
+
+def test_a_row_of_a_library_that_is_not_there_says_so() -> None:
+    assert "not_there is not installed" in Peer("a model", "not_there").missing
+    assert not Peer("a model", "torch").missing and Peer("a model", "torch").source == f"torch {torch.__version__}"
 
 
 # A relative position as einsum, a kernel with a weight norm in groups, convolutions.

@@ -72,6 +72,16 @@ class Architecture:
     inputs: Callable[[], dict[str, Any]] = text
     head: str = "AutoModel"
 
+    @property
+    def source(self) -> str:
+        """The library that the model is of, with its version; "" for the one that most are of."""
+        return ""
+
+    @property
+    def missing(self) -> str:
+        """Why the model cannot be made here, or ""."""
+        return ""
+
     def build(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model in ``eval`` and its inputs, the same at every call."""
         torch.manual_seed(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from breadth.architectures import BATCH, TOKENS, Architecture, Layers, both, decoding, pixels, sequences, text, video, wave
+from breadth.peers import peers
 from torch import nn
 
 CAUSAL, BACKBONE = "AutoModelForCausalLM", "AutoBackbone"
@@ -22,6 +23,7 @@ LEFT: dict[str, Any] = {
 }  # fmt: skip
 # As wide as the architecture is, for a depthwise convolution to weigh as little as it does there.
 OWN: dict[str, Any] = {"depths": [1, 1, 1, 1], "num_attention_heads": ..., "hidden_size": ..., "num_hidden_layers": ...}
+FULL: dict[str, Any] = {"hidden_size": ..., "intermediate_size": ..., "num_attention_heads": ...}
 WAVE: dict[str, Any] = {
     "conv_dim": [32, 32], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0,
@@ -53,7 +55,7 @@ STATES: dict[str, dict[str, Any]] = {
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {}, "roberta": {}, "distilbert": {"dim": 64, "hidden_dim": 96}, "albert": {}, "electra": {}, "deberta": {},
     "deberta-v2": {}, "modernbert": {}, "squeezebert": {}, "convbert": WIDE, "mobilebert": {"true_hidden_size": 32,
-    "intra_bottleneck_size": 32}, "fnet": {}, "nystromformer": WIDE, "roformer": {}, "xlm": {"emb_dim": 64}, "rembert": {},
+    "intra_bottleneck_size": 32}, "fnet": {}, "nystromformer": FULL, "roformer": {}, "xlm": {"emb_dim": 64}, "rembert": {},
     "xlnet": {"max_position_embeddings": ..., "d_inner": 96}, "esm": {"mask_token_id": 3, "vocab_size": 160},
 }  # fmt: skip
 PAIRS: dict[str, dict[str, Any]] = {
@@ -61,7 +63,8 @@ PAIRS: dict[str, dict[str, Any]] = {
     "longt5": {}, "nllb-moe": {}, "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 1},
 }  # fmt: skip
 SOUND: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
-    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "sew", "wav2vec2-conformer"), (WAVE, wave)),
+    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "sew"), (WAVE, wave)),
+    "wav2vec2-conformer": ({**WAVE, **FULL}, wave),
 }
 IMAGES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
     name: (config, pixels)
@@ -115,4 +118,4 @@ def architectures() -> list[Architecture]:
     for kind, table in (("audio", SOUND), ("multimodal", MULTIMODAL), ("vision", IMAGES)):
         rows += [Architecture(name, kind, config, inputs) for name, (config, inputs) in table.items()]
     rows += [Layers(name, "layers", inputs=inputs, make=make) for name, (make, inputs) in LAYERS.items()]
-    return rows
+    return [*rows, *peers()]

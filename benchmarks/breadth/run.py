@@ -45,6 +45,9 @@ def main() -> None:
         _warm()
     chosen = [] if options.report else [each for each in architectures() if each.name in options.names or not options.names]
     for each in chosen:
+        if each.missing:
+            console.print(f"{each.name}: skipped, {each.missing}", highlight=False, soft_wrap=True)
+            continue
         ways = (Way(4, inductor=True),) if options.inductor else WAYS
         known = _read()["rows"].get(each.name, {"runs": {}})["runs"]
         runs = _apart(each, [way for way in ways if options.again or way.name not in known])
@@ -66,7 +69,10 @@ def _read() -> dict[str, Any]:
 def _keep(each: Architecture, runs: dict[str, dict[str, Any]]) -> None:
     """Add ``runs`` to the results, which are read again: another process may measure other rows."""
     results = _read()
-    results["rows"].setdefault(each.name, {"kind": each.kind, "runs": {}})["runs"].update(runs)
+    row = results["rows"].setdefault(each.name, {"kind": each.kind, "runs": {}})
+    row["runs"].update(runs)
+    if each.source:
+        row["source"] = each.source
     _write(results)
 
 
