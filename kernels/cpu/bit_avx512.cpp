@@ -53,7 +53,7 @@ struct Avx512 {
       const __m512i base = _mm512_set1_epi32(x.base[b]);
       totals[b] = Xor ? _mm512_sub_epi32(base, totals[b]) : _mm512_add_epi32(base, totals[b]);
     }
-    add_totals(totals, *segment.grid, x, sums);
+    add_totals(totals, segment.grid->scale, segment.grid->centre, x, sums);
   }
 
   template <int Rows, bool Xor>

@@ -59,7 +59,7 @@ struct Avx512 {
         totals[b] = _mm512_add_epi32(totals[b], _mm512_add_epi32(low, high));
       }
     }
-    add_totals(totals, *segment.grid, x, sums);
+    add_totals(totals, segment.grid->scale, segment.grid->centre, x, sums);
   }
 };
 

@@ -10,8 +10,8 @@ namespace {
 
 // sums[row of x][16] += scale * a * totals + centre * sum
 template <int Rows, class Activations>  // with a scale and a sum for each row
-inline void add_totals(const __m512i (&totals)[Rows], const Grid& grid, const Activations& x, float* sums) {
-  const __m512 scale = _mm512_load_ps(grid.scale), centre = _mm512_load_ps(grid.centre);
+inline void add_totals(const __m512i (&totals)[Rows], const float* scales, const float* centres, const Activations& x, float* sums) {
+  const __m512 scale = _mm512_load_ps(scales), centre = _mm512_load_ps(centres);
 #pragma GCC unroll 16
   for (int b = 0; b < Rows; ++b) {
     __m512 sum = _mm512_loadu_ps(sums + b * kTileRows);

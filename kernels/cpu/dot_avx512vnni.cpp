@@ -134,9 +134,8 @@ struct Avx512Vnni {
   template <int Rows>
   static void accumulate(const Segment& segment, const ActivationSegment& x, float* sums) {
     __m512i totals[Rows];
-    const __m128i shift = _mm_cvtsi32_si128(segment.shift);
 #pragma GCC unroll 16
-    for (int b = 0; b < Rows; ++b) totals[b] = _mm512_sll_epi32(_mm512_set1_epi32(x.negative_sum[b]), shift);
+    for (int b = 0; b < Rows; ++b) totals[b] = _mm512_setzero_si512();
     const int8_t* q = x.codes;
     for (int64_t quad = 0; quad < segment.quads; ++quad, q += Rows * kQuad) {
       const __m512i w = _mm512_load_si512(segment.levels + quad * kCodesPerQuad);
@@ -145,7 +144,7 @@ struct Avx512Vnni {
         multiply(totals[b], w, q + b * kQuad);
       }
     }
-    add_totals(totals, *segment.grid, x, sums);
+    add_totals(totals, segment.grid->scale, segment.grid->offset, x, sums);
   }
 };
 
@@ -288,7 +287,7 @@ void dot_block(const TiledWeight& weight, const uint8_t* block, const Activation
 #pragma GCC unroll 16
         for (int b = 0; b < Rows; ++b) multiply(totals[b], w, part.codes + b * kQuad);
       }
-      add_totals(totals, grid, part, sums);
+      add_totals(totals, grid.scale, grid.centre, part, sums);
       part.scale += Rows, part.negative_sum += Rows, part.sum = nullptr;
     }
   }
