@@ -1,9 +1,9 @@
 """How the test suite ended on the torch of this interpreter: a row of ``results/torch_versions.json`` and of docs/status.md.
 
-    python -m pytest --junitxml=build/tests.xml
+    make test
     python benchmarks/torch_versions.py build/tests.xml
 
-``make test-newest`` does both. Several files are parts of one run.
+``make test-newest`` does both for the newest torch. Several files are parts of one run.
 """
 
 from __future__ import annotations
