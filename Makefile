@@ -68,7 +68,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loads
 
 test: compiler $(VENV)/.installed  ## run the tests
 	@echo "== tests"
-	@$(PYTEST)
+	@$(PYTEST) --junitxml=build/tests.xml
 
 test-export: compiler $(VENV)/.installed  ## run the tests that compile a package and the example in C++
 	@echo "== tests of exported packages"

@@ -1,9 +1,9 @@
 """How the test suite ended on the torch of this interpreter: a row of ``results/torch_versions.json`` and of docs/status.md.
 
-    python -m pytest --junitxml=build/tests.xml
+    make test
     python benchmarks/torch_versions.py build/tests.xml
 
-``make test-newest`` does both. Several files are parts of one run.
+``make test-newest`` does both for the newest torch. Several files are parts of one run.
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ PAGE, RESULTS = REPOSITORY / "docs" / "status.md", REPOSITORY / "benchmarks" / "
 OUTCOMES = ("passed", "failed", "skipped")
 
 
-def outcomes(files: Sequence[Path]) -> dict[str, int]:
-    """How many tests ended how, in pytest's reports ``files``."""
+def outcomes(reports: Sequence[Path]) -> dict[str, int]:
+    """Of how many files of tests there are pytest's ``reports`` tell, and how many tests ended how."""
     counted: Counter[str] = Counter()
-    for file in files:
-        for case in ElementTree.parse(file).getroot().iter("testcase"):
+    told = set()
+    for report in reports:
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
             kinds = {child.tag for child in case}
             counted["failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"] += 1
-    return {name: counted[name] for name in OUTCOMES}
+            told.add(case.attrib["classname"].split(".")[1])
+    files = len(list((REPOSITORY / "tests").glob("test_*.py")))
+    return {"run": len(told), "files": files, **{name: counted[name] for name in OUTCOMES}}
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
     """A row for each torch, in Markdown."""
-    lines = ["| torch | Python | transformers | tests that passed | failed | skipped |", "|---|---|---|---:|---:|---:|"]
+    lines = ["| torch | Python | transformers | files of tests | passed | failed | skipped |", "|---|---|---|---:|---:|---:|---:|"]
     for version in sorted(results, key=torch.torch_version.TorchVersion):
         row = results[version]
-        lines.append(f"| {version} | {row['python']} | {row['transformers']} | " + " | ".join(str(row[o]) for o in OUTCOMES) + " |")
+        ended = " | ".join(str(row[outcome]) for outcome in OUTCOMES)
+        lines.append(f"| {version} | {row['python']} | {row['transformers']} | {row['run']} of {row['files']} | {ended} |")
     return lines
 
 

@@ -108,8 +108,8 @@ def test_luck_in_a_sum_that_cancels_is_no_measure_for_the_passes_after_it():
     def detour(gm, context):
         for node in gm.graph.find_nodes(op="call_function", target=operator.sub):
             with gm.graph.inserting_before(node):
-                scaled = gm.graph.call_function(torch.mul, (node.args[0], 1.1))
-                node.update_arg(0, gm.graph.call_function(torch.div, (scaled, 1.1)))
+                scaled = gm.graph.call_function(torch.mul, (node.args[0], 0.7))
+                node.update_arg(0, gm.graph.call_function(torch.div, (scaled, 0.7)))
 
     kbit.register_pass(detour, tier="bounded", before="pack")
     x, call = torch.randn(24), torch.compile(Cancelling(), backend="kbit", options=OPTIONS | {"debug": True})

@@ -28,6 +28,8 @@ from kbit_inductor.testing.equivalence import assert_equivalent
 from kbit_inductor.testing.kernels import Case, check_case
 
 BATCH = 200
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
+"""What paths begin with in a failure, which is kept for readers elsewhere."""
 
 
 def packing(data: Any) -> None:
@@ -97,7 +99,8 @@ def fuzz(checked: Callable[[Any], None], seconds: float, database: Path) -> Outc
         try:
             long(given(st.data())(count))()
         except Exception as error:  # whatever it is, it is the outcome
-            outcome.failure = f"{type(error).__name__}: {error}\n" + "\n".join(getattr(error, "__notes__", ()))
+            told = f"{type(error).__name__}: {error}\n" + "\n".join(getattr(error, "__notes__", ()))
+            outcome.failure = told.replace(ROOT, "")
             break
     outcome.seconds = round(time.perf_counter() - start if outcome.failure else spent, 1)
     return outcome
