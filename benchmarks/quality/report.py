@@ -1,8 +1,9 @@
-"""The results of all models as JSON, as one table, and as one picture."""
+"""The results of all models as JSON, as tables, and as one picture."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,25 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from quality import measures
+from quality import measures, standing
 
 Results = Mapping[str, Any]
+NUMBERS = re.compile(r"\[[-+.\deE,\s]*\]")
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write the three files and return their paths."""
+    """Write the files and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, table = folder / "quality.json", folder / "quality.md"
-    data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    data, table, against = folder / "quality.json", folder / "quality.md", folder / "standing.md"
+    data.write_text(as_json(results) + "\n", encoding="utf-8")
     table.write_text("\n".join(lines(results)) + "\n", encoding="utf-8")
-    return [data, table, picture(results, folder / "quality.png")]
+    against.write_text("\n".join(standing.lines(results)), encoding="utf-8")
+    return [data, table, against, picture(results, folder / "quality.png")]
+
+
+def as_json(results: Results) -> str:
+    """``results`` with each list of numbers on one line."""
+    return NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(results, indent=1))
 
 
 def merged(folder: Path, results: Results) -> Results:

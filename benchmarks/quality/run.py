@@ -8,8 +8,9 @@ all matrices, scales and codebooks included. Calibration sees another text.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,18 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-import kbit_inductor as kbit  # noqa: E402
-from kbit_inductor.calibration import Calibration  # noqa: E402
 from quality import measures, methods, report  # noqa: E402
-from quality.rounding import matrices, rounded  # noqa: E402
+from quality.subject import Subject  # noqa: E402
 
 OUTPUT = HERE.parent / "results"
+TOTALS = [2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write ``quality.json``, ``quality.md`` and ``quality.png``."""
+    """Measure, and write ``quality.json``, ``quality.md``, ``standing.md`` and ``quality.png``."""
     options = _parse(arguments)
     console = Console()
     results: dict[str, Any] = {"protocol": _protocol(options), "models": {}}
@@ -47,47 +47,26 @@ def measure(folder: Path, options: argparse.Namespace, console: Console) -> dict
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = _windows(tokenizer, options.text, options.length, options.windows)
-    data = _windows(tokenizer, options.calibration, options.length, options.calibration_windows)
-    texts = {False: data, True: kbit.own_text(model, options.calibration_windows, options.length)}
-    calibrations = {own: kbit.calibrate(model, text.split(1), {"quantizer": "gptq"}) for own, text in texts.items()}
-    exact = measures.logits(model, text)
-    rows = [{"family": "float32", "name": "", "bits": 32.0, **measures.score(exact, exact, text).summary()}]
-    for method in methods.methods():
-        if any(wanted in f"{method.family} {method.name}" for wanted in options.only):
-            seen = calibrations[method.own_text]
-            if method.options is not None:
-                seen = kbit.calibrate(model, texts[method.own_text].split(1), method.options)
-            rows.append(_row(method, model, seen, exact, text))
-            console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
-    if any("kbit auto".startswith(wanted) for wanted in options.only):
-        for average in options.averages:
-            rows.append(_planned(average, model, calibrations[False], data, exact, text))
+    subject = Subject(model, text, _windows(tokenizer, options.calibration, options.length, options.calibration_windows))
+    rows = [{"family": "float32", "name": "", "bits": 32.0, **subject.scores(subject.exact)}]
+    for name, row in _rows(subject, options):
+        if any(wanted in name for wanted in options.only):
+            rows.append(row())
             console.print(report.line(folder.name, rows[-1], rows[0]), highlight=False, soft_wrap=True)
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "rows": rows}
 
 
-@torch.no_grad()
-def _row(method: methods.Method, model: nn.Module, calibration: Calibration, exact: list[Tensor], text: Tensor) -> dict[str, Any]:
-    row: dict[str, Any] = {"family": method.family, "name": method.name}
-    if (missing := method.reason_missing()) is not None:
-        return {**row, "missing": missing}
-    with rounded(method, model, calibration) as bits:
-        scores = measures.score(measures.logits(model, text), exact, text)
-    return {**row, "bits": bits, **scores.summary()}
-
-
-def _planned(
-    average: float, model: nn.Module, calibration: Calibration, data: Tensor, exact: list[Tensor], text: Tensor
-) -> dict[str, Any]:
-    """``bits="auto"``, planned on the first of the calibration data."""
-    options = {"bits": "auto", "average_bits": average, "quantizer": "gptq", "calibration": calibration}
-    plan = kbit.plan(model, options, data[:2].split(1))
-    config = plan.apply(options)
-    names = {id(module.weight): name for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
-    layers = {weight: config.for_layer(names[id(weight)]) for weight in matrices(model)}
-    bits = iter(layers.values())
-    method = methods.Method("kbit auto", f"{average:g} bits", lambda w, s: methods.ours(next(bits), True, w, s))  # type: ignore[arg-type]
-    return {**_row(method, model, calibration, exact, text), "verdict": plan.verdict}
+def _rows(subject: Subject, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The family and name of each row, and what measures it."""
+    for method in methods.methods():
+        yield f"{method.family} {method.name}", functools.partial(subject.row, method)
+    for average in options.averages:
+        asked = {"average_bits": average}
+        yield f"kbit auto {average:g} bits", functools.partial(subject.planned, "kbit auto", f"{average:g} bits", asked, False)
+    for bits in options.totals:
+        family, name = "kbit auto on own text", f"{bits:g} bits in all"
+        asked = {"memory_budget": subject.budget(bits), "group_size": 128}
+        yield f"{family} {name}", functools.partial(subject.planned, family, name, asked, True)
 
 
 def _windows(tokenizer: Any, path: Path, length: int, count: int) -> Tensor:
@@ -117,6 +96,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=32, help="windows of the text (default: 32)")
     parser.add_argument("--calibration-windows", type=int, default=8, help="windows for calibration (default: 8)")
     parser.add_argument("--averages", type=float, nargs="*", default=[2.5, 3.0, 3.5, 4.0], help="average bits of bits='auto'")
+    parser.add_argument(
+        "--totals", type=float, nargs="*", default=TOTALS, help="bits in all of a weight, for bits='auto' under a memory budget"
+    )
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose family and name hold one of these")
     parser.add_argument(
         "--keep", action="store_true", help="keep rows of an earlier run of the same protocol that this one does not take"
