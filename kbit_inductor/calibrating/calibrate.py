@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,34 +60,70 @@ def calibrate(
     """
     logs.configure()
     model, resolved = uncompiled(model), Config.from_options(config)
-    if _learns(model, resolved):  # which takes more than one pass
+    if learns(model, resolved):  # which takes more than one pass
         data = [dict(keywords) or arguments for arguments, keywords in batches(data, tokenizer, model)]
-    meters = {name: meter for name, module in model.named_modules() if (meter := _meter(name, module, resolved)) is not None}
+    found = observe(model, data, resolved, tokenizer)
+    check_reached(found)
+    statistics = {name: each for name, each in found.items() if each is not None}
+    if learns(model, resolved):
+        folder = None if resume is None else Path(resume)
+        statistics = learn(model, lambda: run(model, data), resolved, statistics, folder)
+        statistics = distill(model, list(batches(data, None, model)), resolved, statistics, folder)
+    return of_layers(model, statistics)
+
+
+def of_layers(model: nn.Module, statistics: Mapping[str, Statistics]) -> Calibration:
+    """The calibration of ``model`` with ``statistics`` by layer name."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights: dict[str, Tensor] = {name: model.get_submodule(name).weight for name in statistics}  # type: ignore[misc]
+    return Calibration(weights, {n: s.evened() if id(weights[n]) in tables else s for n, s in statistics.items()})
+
+
+def observe(
+    model: nn.Module,
+    data: Any,
+    config: Config,
+    tokenizer: Callable[..., Mapping[str, Any]] | None = None,
+    hessians_of: Container[str] | None = None,
+) -> dict[str, Statistics | None]:
+    """Statistics of the float layers of ``model`` by name; None of those that ``data`` gives no row.
+
+    Args:
+        model: to be run once.
+        data: as for :func:`calibrate`.
+        config: says which layers, and which of them need a Hessian.
+        tokenizer: of texts.
+        hessians_of: the only layers that get theirs; None for all.
+    """
+    meters = {name: meter for name, module in model.named_modules() if (meter := _meter(name, module, config)) is not None}
+    for name, meter in meters.items():
+        meter.with_hessian &= hessians_of is None or name in hessians_of
     hooks = [meter.module.register_forward_pre_hook(meter) for meter in meters.values()]
     try:
         run(model, data, tokenizer)
     finally:
         for hook in hooks:
             hook.remove()
-    reached = {name: meter for name, meter in meters.items() if meter.rows}
-    if not reached:
+    return {name: meter.statistics() if meter.rows else None for name, meter in meters.items()}
+
+
+def check_reached(found: Mapping[str, Statistics | None]) -> None:
+    """Warn of layers without statistics.
+
+    Raises:
+        EmptyCalibrationError: all are.
+    """
+    missed = [name for name, statistics in found.items() if statistics is None]
+    if len(missed) == len(found):
         raise EmptyCalibrationError("calibration saw no row of any layer; give at least one batch that is not empty")
-    if missed := [name for name in meters if name not in reached]:
+    if missed:
         log.warning(
             "calibration never reached %d of %d layers (%s, …); they are quantized without statistics. Give data that uses them, "
-            "or skip them", len(missed), len(meters), missed[0],
+            "or skip them", len(missed), len(found), missed[0],
         )  # fmt: skip
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights: dict[str, Tensor] = {name: meter.module.weight for name, meter in reached.items()}  # type: ignore[misc]
-    found = {name: meter.statistics() for name, meter in reached.items()}
-    if _learns(model, resolved):
-        folder = None if resume is None else Path(resume)
-        found = learn(model, lambda: run(model, data), resolved, found, folder)
-        found = distill(model, list(batches(data, None, model)), resolved, found, folder)
-    return Calibration(weights, {name: s.evened() if id(weights[name]) in tables else s for name, s in found.items()})
 
 
-def _learns(model: nn.Module, config: Config) -> bool:
+def learns(model: nn.Module, config: Config) -> bool:
     """Whether codes of a layer of ``model`` are to be learned. They are for bits that are known."""
     layers = (config.for_layer(name) for name, module in model.named_modules() if type(module) is nn.Linear)
     return config.bits != "auto" and any(layer is not None and QUANTIZERS[layer.quantizer].needs in LEARNING for layer in layers)

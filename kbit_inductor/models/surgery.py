@@ -13,6 +13,7 @@ from kbit_inductor import logs
 from kbit_inductor._compat import uncompiled
 from kbit_inductor.bits.planner import plan
 from kbit_inductor.calibrating.calibrate import calibrate
+from kbit_inductor.calibrating.streaming import can_stream, parts, stream
 from kbit_inductor.calibration import Calibration, lacking, warn_lacking
 from kbit_inductor.config import Config, LayerConfig
 from kbit_inductor.ends import ends_of_model
@@ -47,6 +48,10 @@ class Place:
         self.parent._modules[self.key] = module.train(self.module.training)
 
 
+Waiting = tuple[Tensor, LayerConfig, list[Place]]
+"""A weight that is to be packed, how, and the modules that have it."""
+
+
 @torch.no_grad()
 def quantize_(
     model: nn.Module,
@@ -65,7 +70,8 @@ def quantize_(
         model: with float weights. It may not be one of the two kinds of module itself, since it is changed in place. Of a model
             that ``torch.compile`` has returned, the one that was compiled is changed.
         config: the options, as for ``torch.compile(model, backend="kbit", options=config)``. Those about compiling change nothing.
-        calibration: data as :func:`kbit_inductor.calibrate` takes it, or what that has returned.
+        calibration: data as :func:`kbit_inductor.calibrate` takes it, or what that has returned. With data, and a quantizer that
+            needs Hessians, those of one block are there at a time, and the data is run once for each block.
         tokenizer: of texts among the data.
 
     Raises:
@@ -79,26 +85,53 @@ def quantize_(
     if resolved.bits == "auto":
         data = None if isinstance(calibration, Calibration) else calibration
         resolved = plan(given, resolved, data, tokenizer=tokenizer).apply(resolved)
-    statistics = calibration if isinstance(calibration, Calibration) else resolved.calibration
-    if statistics is None and calibration is not None:
-        statistics = calibrate(given, calibration, resolved, tokenizer=tokenizer)
     waiting = list(_to_swap(given, resolved))
-    for weight, layer, places in waiting:
+    for weight, _, places in waiting:
         check_finite(weight, places[0].name)
-        for reason in lacking(layer, None) if statistics is None else ():
-            warn_lacking(reason)
     if not waiting:
         _warn_nothing(given)
+    statistics = calibration if isinstance(calibration, Calibration) else resolved.calibration
+    with Progress(len(waiting), "packing weights") as progress:
+        if waiting and statistics is None and calibration is not None and can_stream(given, resolved):
+            _swap_by_blocks(given, waiting, calibration, resolved, tokenizer, progress)
+        else:
+            if statistics is None and calibration is not None:
+                statistics = calibrate(given, calibration, resolved, tokenizer=tokenizer)
+            for _, layer, _ in waiting if statistics is None else ():
+                for reason in lacking(layer, None):
+                    warn_lacking(reason)
+            _swap_all(waiting, statistics, progress)
+    trim_heap()
+    return model
+
+
+def _swap_by_blocks(
+    model: nn.Module,
+    waiting: list[Waiting],
+    data: Any,
+    config: Config,
+    tokenizer: Callable[..., Mapping[str, Any]] | None,
+    progress: Progress,
+) -> None:
+    """Pack ``waiting``, which is empty then, with the statistics of one block at a time."""
+    order = parts(model, [[(place.name, place.module) for place in places] for _, _, places in waiting])
+    together = [[waiting[index] for index in each] for each in order]
+    waiting.clear()
+    names = [[place.name for _, _, places in each for place in places] for each in together]
+    statistics = stream(model, data, config, tokenizer, names)
+    for each in together:
+        _swap_all(each, next(statistics), progress)  # nobody holds them while those of the next are found
+
+
+def _swap_all(waiting: list[Waiting], statistics: Calibration | None, progress: Progress) -> None:
+    """Pack ``waiting``, which is empty then."""
     # The largest last: what its conversion takes besides is there when few floats are left.
     waiting.sort(key=lambda one: -one[0].numel())
     trimmer = Trimmer()
-    with Progress(len(waiting), "packing weights") as progress:
-        while waiting:
-            elements = waiting[-1][0].numel()
-            progress.advance(_swap(*waiting.pop(), statistics))
-            trimmer.converted(elements)
-    trim_heap()
-    return model
+    while waiting:
+        elements = waiting[-1][0].numel()
+        progress.advance(_swap(*waiting.pop(), statistics))
+        trimmer.converted(elements)
 
 
 @torch.no_grad()
@@ -130,8 +163,8 @@ def packed_matrices(model: nn.Module) -> dict[PackedMatrix, list[str]]:
     return names
 
 
-def _to_swap(model: nn.Module, config: Config) -> Iterator[tuple[Tensor, LayerConfig, list[Place]]]:
-    """Each weight that is to be packed, how, and the modules that have it."""
+def _to_swap(model: nn.Module, config: Config) -> Iterator[Waiting]:
+    """Each weight that is to be packed."""
     places: dict[Tensor, list[Place]] = {}
     for place in _places(model):
         parameter = place.module._parameters.get("weight")
