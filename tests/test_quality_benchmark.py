@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from quality import measures, methods, run, side_terms  # noqa: E402
+from quality import measures, methods, run, side_terms, standing  # noqa: E402
 
 VOCABULARY = 256
 
@@ -65,13 +65,14 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, one_thread_without
     (tmp_path / "other").write_text("Another text for calibration. " * 20)
     run.main(
         ["--models", "tiny", "--text", str(tmp_path / "text"), "--calibration", str(tmp_path / "other"), "--length", "32",
-         "--windows", "4", "--calibration-windows", "2", "--averages", "3.5", "--output", str(tmp_path)]
+         "--windows", "4", "--calibration-windows", "2", "--averages", "3.5", "--totals", "4.4", "--output", str(tmp_path)]
     )  # fmt: skip
     rows = json.loads((tmp_path / "quality.json").read_text())["models"]["tiny"]["rows"]
-    assert [row["family"] for row in rows] == ["float32", "kbit clip", "kbit clip", "kbit auto"]
+    assert [row["family"] for row in rows] == ["float32", "kbit clip", "kbit clip", "kbit auto", "kbit auto on own text"]
     assert rows[1]["kl"] > rows[2]["kl"] > rows[0]["kl"] == 0
     assert 0 < rows[3]["kl"] < 0.01 and "under 3.5 bits on average" in rows[3]["verdict"]
     assert rows[1]["bits"] == pytest.approx(2.5, abs=0.02) and rows[3]["bits"] <= 4.02
+    assert 4 < rows[4]["bits"] <= 4.4 and rows[4]["kl"] < rows[1]["kl"]
     monkeypatch.setattr(methods, "methods", lambda: [m for m in ALL if (m.family, m.name) == ("kbit default", "2 bits")])
     run.main(
         ["--models", "tiny", "--text", str(tmp_path / "text"), "--calibration", str(tmp_path / "other"), "--length", "32",
@@ -82,6 +83,41 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, one_thread_without
     assert more[-1]["kl"] < rows[1]["kl"] and more[-1]["bits"] > rows[1]["bits"]
     assert "| tiny | kbit auto | 3.5 bits |" in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality.png").stat().st_size > 0
+
+
+def row(family, bits, kl, ratio=1.0):
+    """Three windows, one of them hard, in the same proportion for every method."""
+    windows = [kl * ratio * hardness for hardness in (1, 2, 30)]
+    mean = sum(windows) / 3
+    return {
+        "family": family, "name": "", "bits": bits, "kl": mean, "perplexity": math.exp(mean),
+        "windows": {"kl": windows, "perplexity": windows},
+    }  # fmt: skip
+
+
+def test_the_best_of_ours_at_no_more_bits_stands_against_each_of_theirs():
+    rows = [
+        {"family": "float32", "name": "", "bits": 32.0},
+        row("kbit large", 4.0, 0.5),
+        row("kbit", 3.0, 0.9),
+        row("kbit worse", 2.5, 2.0),
+        row("theirs, small", 2.4, 9.0),
+        row("theirs", 2.999, 1.0),
+        row("theirs, alike", 4.0, 0.5),
+        row("theirs, ahead", 3.5, 0.8),
+        row("theirs, of no interest", 8.5, 0.1),
+        {"family": "theirs", "name": "missing", "missing": "is not installed"},
+    ]
+    for measure in standing.MEASURES:
+        found = standing.standings(rows, measure)
+        assert [(each.theirs["family"], each.verdict) for each in found] == [
+            ("theirs, small", "none"), ("theirs", "better"), ("theirs, ahead", "worse"), ("theirs, alike", "tie"),
+        ]  # fmt: skip
+        assert found[1].ours["family"] == found[2].ours["family"] == "kbit" and found[3].ours["family"] == "kbit large"
+    better = standing.standings(rows, "kl")[1]  # the hard window is as hard for both, so the ratio is as sure as can be
+    assert better.low == pytest.approx(0.9) == better.ratio == pytest.approx(better.high)
+    table = "\n".join(standing.lines({"models": {"tiny": {"rows": rows}}}))
+    assert "**KL**: better in 1, none in 1, tie in 1, worse in 1 of 4 rows" in table and "| 0.900–0.900 | better |" in table
 
 
 def test_side_terms_of_a_tiny_model(tmp_path, monkeypatch, one_thread_without_grad):

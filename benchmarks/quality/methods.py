@@ -36,7 +36,7 @@ class Method:
         package: that must be importable.
         at_ends: as ``apply``, of tables and heads; None where they are as other matrices.
         options: to calibrate with, where the method learns codes of its own.
-        own_text: calibrated on text that the model has written.
+        text: that it is calibrated on: another one than is predicted (``"other"``), the model's ``"own"``, or ``"random"`` tokens.
     """
 
     family: str
@@ -45,7 +45,7 @@ class Method:
     package: str = "kbit_inductor"
     at_ends: Callable[[Tensor, Statistics | None], Rounded] | None = None
     options: Mapping[str, Any] | None = None
-    own_text: bool = False
+    text: str = "other"
 
     def reason_missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
@@ -58,7 +58,7 @@ def ours(config: LayerConfig, calibrated: bool, weight: Tensor, statistics: Stat
     return packed.dequantize(), packed.nbytes
 
 
-def with_floor(label: str, bits: int, calibrated: bool, own_text: bool = False, **options: Any) -> Method:
+def with_floor(label: str, bits: int, calibrated: bool, text: str = "other", **options: Any) -> Method:
     """Ours as :func:`kbit_inductor.quantize_` has it: tables and heads at no fewer than ``end_bits``."""
     config = Config(bits=bits, **options)
     layer, end = config.for_layer("layer"), config.for_layer("end", is_end=True)
@@ -68,7 +68,7 @@ def with_floor(label: str, bits: int, calibrated: bool, own_text: bool = False, 
     groups = "" if config.group_size == 64 else f", groups of {config.group_size}"
     rounding = functools.partial(ours, layer, calibrated)
     at_ends = functools.partial(ours, end, calibrated)
-    return Method(f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=at_ends, options=learns, own_text=own_text)
+    return Method(f"kbit {label}", f"{bits} bits{groups}", rounding, at_ends=at_ends, options=learns, text=text)
 
 
 def with_levels(config: LayerConfig, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -147,11 +147,10 @@ def methods() -> list[Method]:
     for group_size in (64, 32):
         for bits in (2, 3, 4):
             found.append(with_floor("gptq with floor", bits, True, quantizer="gptq", group_size=group_size))
-            found.append(with_floor("gptq on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size))
-            found.append(with_floor("distill on own text", bits, True, own_text=True, quantizer="distill", group_size=group_size))
-            plain = with_floor(
-                "gptq, learned levels, on own text", bits, True, own_text=True, quantizer="gptq", group_size=group_size
-            )
+            found.append(with_floor("gptq on own text", bits, True, text="own", quantizer="gptq", group_size=group_size))
+            found.append(with_floor("gptq on random tokens", bits, True, text="random", quantizer="gptq", group_size=group_size))
+            found.append(with_floor("distill on own text", bits, True, text="own", quantizer="distill", group_size=group_size))
+            plain = with_floor("gptq, learned levels, on own text", bits, True, text="own", quantizer="gptq", group_size=group_size)
             rounding = functools.partial(with_levels, LayerConfig(bits, group_size, quantizer="gptq"))
             found.append(dataclasses.replace(plain, apply=rounding))
             found.append(with_floor("autoround with floor", bits, True, quantizer="autoround", group_size=group_size))
@@ -162,12 +161,12 @@ def methods() -> list[Method]:
     for double in (False, True):
         name = "NF4, double" if double else "NF4"
         found.append(Method("bitsandbytes", name, functools.partial(nf4, double), "bitsandbytes"))
-    for label, calibrated, own in (
-        ("llama.cpp", False, False),
-        ("llama.cpp, imatrix", True, False),
-        ("llama.cpp, imatrix of own text", True, True),
+    for label, calibrated, text in (
+        ("llama.cpp", False, "other"),
+        ("llama.cpp, imatrix", True, "other"),
+        ("llama.cpp, imatrix of own text", True, "own"),
     ):
         for kind in ("q2_K", "q3_K", "q4_0", "q4_K", "q5_K", "q6_K", "q8_0"):
             rounding = functools.partial(llama_cpp, kind, calibrated)
-            found.append(Method(label, kind.upper(), rounding, "llama_cpp", own_text=own))
+            found.append(Method(label, kind.upper(), rounding, "llama_cpp", text=text))
     return found

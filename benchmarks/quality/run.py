@@ -62,11 +62,11 @@ def _rows(subject: Subject, options: argparse.Namespace) -> Iterator[tuple[str, 
         yield f"{method.family} {method.name}", functools.partial(subject.row, method)
     for average in options.averages:
         asked = {"average_bits": average}
-        yield f"kbit auto {average:g} bits", functools.partial(subject.planned, "kbit auto", f"{average:g} bits", asked, False)
+        yield f"kbit auto {average:g} bits", functools.partial(subject.planned, "kbit auto", f"{average:g} bits", asked, "other")
     for bits in options.totals:
         family, name = "kbit auto on own text", f"{bits:g} bits in all"
         asked = {"memory_budget": subject.budget(bits), "group_size": 128}
-        yield f"{family} {name}", functools.partial(subject.planned, family, name, asked, True)
+        yield f"{family} {name}", functools.partial(subject.planned, family, name, asked, "own")
 
 
 def _windows(tokenizer: Any, path: Path, length: int, count: int) -> Tensor:

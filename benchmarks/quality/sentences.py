@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = merged(options.output / "sentences.json", results)
     for method in methods():
         wanted = any(each in f"{method.family} {method.name}" for each in options.only)
-        if wanted and method.family.startswith(FAMILIES) and not method.own_text:
+        if wanted and method.family.startswith(FAMILIES) and method.text == "other":
             found = row(method, encoder, calibration, tokenizer, pairs)
             results["rows"] = [*(each for each in results["rows"] if not _is_of(each, method)), found]
             console.print(found, highlight=False, soft_wrap=True)

@@ -27,6 +27,7 @@ class Subject:
 
     def __init__(self, model: nn.Module, text: Tensor, other: Tensor) -> None:
         self.model, self.text, self.other = model, text, other
+        self._statistics: dict[str, Calibration] = {}
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
@@ -39,20 +40,23 @@ class Subject:
         return kbit.own_text(self.model, *self.other.shape)
 
     @functools.cached_property
-    def _statistics(self) -> dict[bool, Calibration]:
-        return {}
+    def random(self) -> Tensor:
+        """As many tokens drawn at random."""
+        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return torch.randint(vocabulary, self.other.shape, generator=torch.Generator().manual_seed(0))
 
-    def data(self, own_text: bool) -> Tensor:
-        """What to calibrate on."""
-        return self.own if own_text else self.other
+    def data(self, text: str) -> Tensor:
+        """What to calibrate on: :attr:`Method.text`."""
+        tokens: Tensor = getattr(self, text)
+        return tokens
 
-    def statistics(self, own_text: bool, options: Mapping[str, Any] | None = None) -> Calibration:
+    def statistics(self, text: str, options: Mapping[str, Any] | None = None) -> Calibration:
         """Of the inputs of all layers, and the codes learned with ``options``, if given."""
         if options is not None:
-            return kbit.calibrate(self.model, self.data(own_text).split(1), options)
-        if own_text not in self._statistics:
-            self._statistics[own_text] = kbit.calibrate(self.model, self.data(own_text).split(1), {"quantizer": "gptq"})
-        return self._statistics[own_text]
+            return kbit.calibrate(self.model, self.data(text).split(1), options)
+        if text not in self._statistics:
+            self._statistics[text] = kbit.calibrate(self.model, self.data(text).split(1), {"quantizer": "gptq"})
+        return self._statistics[text]
 
     @torch.no_grad()
     def row(self, method: Method) -> dict[str, Any]:
@@ -60,17 +64,17 @@ class Subject:
         row: dict[str, Any] = {"family": method.family, "name": method.name}
         if (missing := method.reason_missing()) is not None:
             return {**row, "missing": missing}
-        with rounded(method, self.model, self.statistics(method.own_text, method.options)) as bits:
+        with rounded(method, self.model, self.statistics(method.text, method.options)) as bits:
             return {**row, "bits": bits, **self.scores(measures.logits(self.model, self.text))}
 
-    def planned(self, family: str, name: str, options: Mapping[str, Any], own_text: bool) -> dict[str, Any]:
+    def planned(self, family: str, name: str, options: Mapping[str, Any], text: str) -> dict[str, Any]:
         """The results of ``bits="auto"``, planned on the first of the calibration data."""
-        asked = {"bits": "auto", "quantizer": "gptq", **options, "calibration": self.statistics(own_text)}
-        plan = kbit.plan(self.model, asked, self.data(own_text)[:2].split(1))
+        asked = {"bits": "auto", "quantizer": "gptq", **options, "calibration": self.statistics(text)}
+        plan = kbit.plan(self.model, asked, self.data(text)[:2].split(1))
         config = plan.apply(asked)
         names = {id(module.weight): name for name, module in self.model.named_modules() if hasattr(module, "weight")}
         layers = iter([config.for_layer(names[id(weight)]) for weight in matrices(self.model)])
-        method = Method(family, name, lambda weight, seen: ours(next(layers), True, weight, seen), own_text=own_text)  # type: ignore[arg-type]
+        method = Method(family, name, lambda weight, seen: ours(next(layers), True, weight, seen), text=text)  # type: ignore[arg-type]
         return {**self.row(method), "verdict": plan.verdict}
 
     def budget(self, bits: float) -> int:

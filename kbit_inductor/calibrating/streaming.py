@@ -1,8 +1,8 @@
 """Statistics for a part of the model at a time, so that the Hessians of one block are there at once, and not those of all.
 
-What a layer is given comes from those before it. So the blocks come from the last to the first: when the turn of one has come, those
-before it are still in float, and its statistics are the ones that :func:`kbit_inductor.calibrate` finds, though the later ones are
-packed by then.
+What a layer is given comes from those before it. So the blocks come from the last to the first: when the turn of one has come,
+those before it are still in float, and its statistics are the ones that :func:`kbit_inductor.calibrate` finds, though the later
+ones are packed by then.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def can_stream(model: nn.Module, config: Config) -> bool:
 
 
 def parts(model: nn.Module, weights: Sequence[Sequence[tuple[str, nn.Module]]]) -> list[list[int]]:
-    """The indices of ``weights``, each told by the names and modules that have it: those of one block together, the last block first,
-    and in the end what is in no block or in several."""
+    """The indices of ``weights``, each told by the names and modules that have it: those of one block together, the last block
+    first, and in the end what is in no block or in several."""
     inside = {module: index for index, block in enumerate(blocks(model)) for module in block.modules()}
     found: dict[int, list[int]] = {}
     for index, places in enumerate(weights):
@@ -45,8 +45,8 @@ def stream(
 ) -> Iterator[Calibration]:
     """The statistics for each part, given by the ``names`` of its layers; whoever asks for the next one has packed those before.
 
-    The first pass tells everything but Hessians, so that bad data is seen before anything has changed. Those of the last part, which
-    may come first in the model, are collected by it too.
+    The first pass tells everything but Hessians, so that bad data is seen before anything has changed. Those of the last part,
+    which may come first in the model, are collected by it too.
 
     Raises:
         EmptyCalibrationError, NonFiniteActivationError, InvalidOptionError: as :func:`kbit_inductor.calibrate`.

@@ -114,13 +114,13 @@ def _swap_by_blocks(
     progress: Progress,
 ) -> None:
     """Pack ``waiting``, which is empty then, with the statistics of one block at a time."""
-    order = parts(model, [[(place.name, place.module) for place in places] for _, _, places in waiting])
-    together = [[waiting[index] for index in each] for each in order]
+    holders = [[(place.name, place.module) for place in places] for _, _, places in waiting]
+    together = [[waiting[index] for index in each] for each in parts(model, holders)]
     waiting.clear()
     names = [[place.name for _, _, places in each for place in places] for each in together]
     statistics = stream(model, data, config, tokenizer, names)
-    for each in together:
-        _swap_all(each, next(statistics), progress)  # nobody holds them while those of the next are found
+    for each in together:  # nobody holds the statistics of one while those of the next are found
+        _swap_all(each, next(statistics), progress)
 
 
 def _swap_all(waiting: list[Waiting], statistics: Calibration | None, progress: Progress) -> None:
