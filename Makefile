@@ -45,7 +45,7 @@ bench-cpu: compiler $(VENV)/.bench  ## compare with other libraries on this CPU:
 	@echo "== CPU benchmarks"
 	@$(BIN)/python benchmarks/cpu/run.py $(ARGS)
 
-# Peers other than llama.cpp are measured where they are installed: pip install hqq torchao
+# Peers other than llama.cpp are measured where they are installed: pip install hqq torchao bitsandbytes optimum-quanto
 bench-quality: compiler $(VENV)/.bench  ## compare quality per bit; ARGS='--models FOLDER… --text FILE --calibration FILE'
 	@echo "== quality per bit"
 	@$(BIN)/python benchmarks/quality/run.py $(ARGS)

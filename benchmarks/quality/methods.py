@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class Method:
 
     def reason_missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
-        return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
+        parents = itertools.accumulate(self.package.split("."), "{}.{}".format)
+        return None if all(importlib.util.find_spec(each) for each in parents) else f"{self.package} is not installed"
 
 
 def ours(config: LayerConfig, calibrated: bool, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -96,6 +98,18 @@ def torchao(bits: int, group_size: int, weight: Tensor, statistics: Statistics |
     codes = primitives.quantize_affine(weight, block, scale, zero, torch.uint8, 0, last)
     values = primitives.dequantize_affine(codes, block, scale.half().float(), zero, torch.uint8, 0, last)
     return values, -(-codes.numel() * bits // 8) + 2 * (scale.numel() + zero.numel())
+
+
+def quanto(bits: int, group_size: int, weight: Tensor, statistics: Statistics | None) -> Rounded:
+    """optimum-quanto's codes, from end to end of a group; its scales and shifts count as float16."""
+    from optimum.quanto import MaxOptimizer, qint2, qint4
+    from optimum.quanto.tensor.grouped import ungroup
+
+    grids = MaxOptimizer()(weight, {2: qint2, 4: qint4}[bits], axis=0, group_size=group_size)
+    scale, shift = (grid.half().float() for grid in grids)
+    codes = torch.ops.quanto.quantize_affine(weight, bits, 0, group_size, scale, shift)
+    values = ungroup(codes * scale - shift, axis=0, orig_shape=weight.shape)
+    return values, codes.numel() * bits // 8 + 2 * (scale.numel() + shift.numel())
 
 
 def nf4(double: bool, weight: Tensor, statistics: Statistics | None) -> Rounded:
@@ -158,6 +172,8 @@ def methods() -> list[Method]:
         found.append(Method("HQQ", f"{bits} bits", functools.partial(hqq, bits, 64), "hqq"))
     for bits in range(2, 9):
         found.append(Method("torchao", f"{bits} bits", functools.partial(torchao, bits, 64), "torchao"))
+    for bits in (2, 4):
+        found.append(Method("quanto", f"{bits} bits", functools.partial(quanto, bits, 64), "optimum.quanto"))
     for double in (False, True):
         name = "NF4, double" if double else "NF4"
         found.append(Method("bitsandbytes", name, functools.partial(nf4, double), "bitsandbytes"))

@@ -30,7 +30,7 @@ from quality.methods import Method, methods  # noqa: E402
 from quality.rounding import rounded  # noqa: E402
 
 OUTPUT = HERE.parent / "results"
-FAMILIES = ("kbit default", "kbit gptq", "HQQ", "torchao", "bitsandbytes", "llama.cpp")
+FAMILIES = ("kbit default", "kbit gptq", "HQQ", "torchao", "quanto", "bitsandbytes", "llama.cpp")
 RESAMPLES = 1000
 
 
