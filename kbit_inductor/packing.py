@@ -22,6 +22,7 @@ from kbit_inductor.quantizers import QUANTIZERS, Levels, Statistics, cascade
 from kbit_inductor.quantizers.compensation import outlier_columns, without_columns
 from kbit_inductor.quantizers.grid import global_scale_of, ratio
 from kbit_inductor.quantizers.pruning import pruned
+from kbit_inductor.quantizers.stretch import stretched
 from kbit_inductor.side import Side, find_side, side_specs
 
 STORED = ("planes", "scale", "offset", "global_scale", "codebook")
@@ -207,7 +208,10 @@ def _pack_matrix(weight: Tensor, config: LayerConfig, layout: str, statistics: S
             whole, weight = weight, pruned(weight, config.sparsity, statistics)
             norm = float(whole.float().square().sum(dtype=torch.float64))
             cut = ratio(norm - float(weight.float().square().sum(dtype=torch.float64)), norm)
-        quantized = QUANTIZERS[config.quantizer].quantize(weight, config.format(columns), statistics)
+        quantizer, form = QUANTIZERS[config.quantizer], config.format(columns)
+        quantized = quantizer.quantize(weight, form, statistics)
+        if quantizer.shrinks:
+            quantized = stretched(weight, quantized, form, statistics)
         found, global_scale = row_parts.Rows(quantized.codes, quantized.scale, quantized.offset), quantized.global_scale
         codebook = Levels(config.bits, config.levels()).table(weight.device)
         error = cut + (1 - cut) * quantized.error  # zeros stay zeros, so the two parts are of different entries

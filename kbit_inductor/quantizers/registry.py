@@ -45,19 +45,22 @@ class Quantizer:
             ``"hessian"``, ``"outputs"``: the Hessian too, and codes that were ``learned`` for what the block around the layer
             returns, or ``"predictions"``: the same for what the whole model returns. Calibration collects no more than that. It
             must also do without.
+        shrinks: whether its codes have the least squared error, which makes them too small: what packs them stretches their grids
+            (:mod:`kbit_inductor.quantizers.stretch`).
     """
 
     name: str
     quantize: Quantize
     needs: str = "nothing"
+    shrinks: bool = False
 
 
 GROUP = "kbit_inductor.quantizers"
 BUILT_IN = (
     Quantizer("autoround", autoround, "outputs"),
-    Quantizer("clip", clip, "squares"),
+    Quantizer("clip", clip, "squares", shrinks=True),
     Quantizer("distill", distill, "predictions"),
-    Quantizer("gptq", gptq, "hessian"),
+    Quantizer("gptq", gptq, "hessian", shrinks=True),
     Quantizer("hqq", hqq),
     Quantizer("rtn", rtn),
 )
