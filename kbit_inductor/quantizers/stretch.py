@@ -19,10 +19,11 @@ from torch import Tensor
 
 from kbit_inductor.quantizers.format import Format
 from kbit_inductor.quantizers.gptq import one_thread
-from kbit_inductor.quantizers.grid import CHUNK_ELEMENTS, Quantized, ratio
+from kbit_inductor.quantizers.grid import Quantized, ratio
 from kbit_inductor.quantizers.learned import on_grid
 from kbit_inductor.quantizers.statistics import Statistics
 
+CHUNK_ELEMENTS = 1 << 16  # of rows worked on at once: there are some six tensors of so many float32
 NEGLIGIBLE = 2.0**-11  # an error below the rounding of a scale to float16 cannot be made good by one
 LEAST_SHARE = 0.55  # codes that hold less are not of the row; and a scale, 2 ** 15 at most, stays within float16
 
