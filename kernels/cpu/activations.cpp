@@ -73,7 +73,12 @@ void lowest_digit(int32_t* codes, int count, int8_t* digit) {
   }
 }
 
-bool all_finite(const float* values, int64_t count) { return largest_magnitude_bits(values, count) < 0x7f800000; }
+// Whether sums of a row's integers, which come before the weight's own scale, stay within float32: they are up to 2 ** 31 times as
+// large as its values in a group, and added up over the groups. A row with an infinity or NaN is none such.
+bool is_moderate(const float* values, int64_t count) {
+  constexpr int32_t kLimit = (127 + 80) << 23;  // the bits of 2 ** 80
+  return largest_magnitude_bits(values, count) < kLimit;
+}
 
 double sum_of_squares(const float* values, int64_t count) {
   float lanes[16] = {};
@@ -225,7 +230,7 @@ Activations::Activations(const ActivationSource& source, const TiledLayout& layo
     for (int64_t b = begin; b < end; ++b) quantize_block(source, layout, b, bad);
     if (bad.empty()) return;
     const std::lock_guard<std::mutex> lock(mutex);
-    not_finite_.insert(not_finite_.end(), bad.begin(), bad.end());
+    in_float_.insert(in_float_.end(), bad.begin(), bad.end());
   });
 }
 
@@ -238,7 +243,7 @@ void Activations::quantize_block(const ActivationSource& source, const TiledLayo
     const int64_t index = block * rows_per_block_ + r;
     const float* x = plain ? plain + index * layout.columns : values.get();
     if (!plain) row(source, layout.columns, index, values.get());
-    if (!all_finite(x, layout.columns)) {
+    if (!is_moderate(x, layout.columns)) {
       bad.push_back(index);
       std::fill_n(values.get(), layout.columns, 0.0f);
       x = values.get();

@@ -40,8 +40,8 @@ class Activations {
   int64_t rows_per_block() const { return rows_per_block_; }  // of x
   // Makes the table of partial sums that `isa` looks up for weights of `layout`, and says whether it does so.
   bool fill_table(const Isa& isa, const TiledLayout& layout);
-  // Rows of x with a value that is no number: their codes are zeros, their result has to be computed in float.
-  const std::vector<int64_t>& not_finite() const { return not_finite_; }
+  // Rows of x with a value that is no number or too large: their codes are zeros, their result has to be computed in float.
+  const std::vector<int64_t>& in_float() const { return in_float_; }
   // x in float32 after the norm, as it was before quantization; `values` holds K floats.
   static void row(const ActivationSource& source, int64_t columns, int64_t index, float* values);
 
@@ -55,7 +55,7 @@ class Activations {
   std::unique_ptr<int32_t[]> negative_sum_;
   std::unique_ptr<uint32_t[]> planes_;
   std::vector<ActivationBlock> blocks_;
-  std::vector<int64_t> not_finite_;
+  std::vector<int64_t> in_float_;
   std::unique_ptr<uint8_t[]> table_;
 };
 

@@ -125,7 +125,7 @@ bool any_vectors(const TiledProblem& problem) {
   return std::any_of(problem.weights.begin(), problem.weights.end(), [](const TiledWeight& weight) { return weight.vectors; });
 }
 
-// A row of x that is not all finite, as a float product gives it.
+// A row of x that integers do not hold, as a float product gives it.
 void float_row(const TiledWeight& weight, int64_t row_block, const float* x, float* sums) {
   std::vector<float> w(weight.columns);
   const int64_t valid = std::min<int64_t>(kTileRows, weight.rows - row_block * kTileRows);
@@ -186,11 +186,11 @@ void TiledProduct::compute(int64_t begin, int64_t end) const {
     const int64_t rows = std::min(count * x_.rows_per_block(), x_.rows() - row);
     epilogue.store(row, rows, task.row_block, task.weight, task.column, sums, problem_.gated ? gate : nullptr);
   }
-  for (const int64_t row : x_.not_finite()) compute_not_finite(row, begin, end);
+  for (const int64_t row : x_.in_float()) compute_in_float(row, begin, end);
 }
 
 // The results of that row among those of the tasks.
-void TiledProduct::compute_not_finite(int64_t row, int64_t begin, int64_t end) const {
+void TiledProduct::compute_in_float(int64_t row, int64_t begin, int64_t end) const {
   const Epilogue epilogue(problem_, x_.digits());
   const int64_t columns = problem_.weights.front().columns, chunk = row / (kChunkBlocks * x_.rows_per_block());
   std::vector<float> values(columns);

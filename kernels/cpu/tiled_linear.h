@@ -48,7 +48,7 @@ class TiledProduct {
   void compute(int64_t begin, int64_t end) const;
 
  private:
-  void compute_not_finite(int64_t row, int64_t begin, int64_t end) const;
+  void compute_in_float(int64_t row, int64_t begin, int64_t end) const;
 
   const TiledProblem& problem_;
   Activations x_;
