@@ -15,10 +15,10 @@ constexpr int64_t kGrain = 1 << 16;       // multiply-adds worth handing to anot
 constexpr int64_t kChunkBlocks = 8;       // blocks of x that one unpacked segment serves: their sums fit L1
 constexpr int64_t kChunkRows = kChunkBlocks * kActivationRows;
 
-// What is left to do with the sums of 16 rows of a weight.
+// What is left to do with the sums of 16 rows of a weight, which are `scaled` if they have its global scale already.
 class Epilogue {
  public:
-  Epilogue(const TiledProblem& problem, int digits) : problem_(problem), digits_(digits) {
+  Epilogue(const TiledProblem& problem, int digits, bool scaled = false) : problem_(problem), digits_(digits), scaled_(scaled) {
     for (const TiledWeight& weight : problem.weights) width_ += weight.rows;
     if (problem.gated) width_ /= 2;
   }
@@ -52,7 +52,7 @@ class Epilogue {
  private:
   // The digits of each row are added up, then its scale and bias follow: [count][16].
   void finish(float* sums, int64_t count, size_t weight, const Floats& bias) const {
-    const float scale = problem_.weights[weight].global_scale;
+    const float scale = scaled_ ? 1.0f : problem_.weights[weight].global_scale;
     for (int64_t r = 0; r < count; ++r) {
       Floats total = read(sums + r * digits_ * kTileRows);
       for (int d = 1; d < digits_; ++d) total += read(sums + (r * digits_ + d) * kTileRows);
@@ -101,6 +101,7 @@ class Epilogue {
 
   const TiledProblem& problem_;
   int digits_;
+  bool scaled_;
   int64_t width_ = 0;
 };
 
@@ -125,15 +126,15 @@ bool any_vectors(const TiledProblem& problem) {
   return std::any_of(problem.weights.begin(), problem.weights.end(), [](const TiledWeight& weight) { return weight.vectors; });
 }
 
-// A row of x that integers do not hold, as a float product gives it.
+// A row of x that integers do not hold, as a float product gives it, with the global scale.
 void float_row(const TiledWeight& weight, int64_t row_block, const float* x, float* sums) {
   std::vector<float> w(weight.columns);
   const int64_t valid = std::min<int64_t>(kTileRows, weight.rows - row_block * kTileRows);
   for (int64_t r = 0; r < valid; ++r) {
     dequantize_row(weight, row_block * kTileRows + r, w.data());
-    float total = 0;
-    for (int64_t c = 0; c < weight.columns; ++c) total += x[c] * w[c];
-    sums[r] = total;
+    double total = 0;
+    for (int64_t c = 0; c < weight.columns; ++c) total += static_cast<double>(x[c]) * w[c];
+    sums[r] = static_cast<float>(total * weight.global_scale);
   }
 }
 
@@ -191,7 +192,7 @@ void TiledProduct::compute(int64_t begin, int64_t end) const {
 
 // The results of that row among those of the tasks.
 void TiledProduct::compute_in_float(int64_t row, int64_t begin, int64_t end) const {
-  const Epilogue epilogue(problem_, x_.digits());
+  const Epilogue epilogue(problem_, x_.digits(), true);
   const int64_t columns = problem_.weights.front().columns, chunk = row / (kChunkBlocks * x_.rows_per_block());
   std::vector<float> values(columns);
   Activations::row(problem_.x, columns, row, values.data());
