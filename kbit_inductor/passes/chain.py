@@ -20,7 +20,7 @@ from torch import fx
 from kbit_inductor.capture import VALUE, Context
 from kbit_inductor.lowering import chain as chains
 from kbit_inductor.passes.append import Appended, appended
-from kbit_inductor.passes.fuse import ATTENTION, FUSED, Call
+from kbit_inductor.passes.call import ATTENTION, FUSED, Call
 from kbit_inductor.passes.patterns import is_constant, value_of
 
 CHAIN = torch.ops.kbit.chain_cpu.default

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.passes.norms import rms_norm
 from kbit_inductor.passes.patterns import (
     ADD,
     MULTIPLY,
@@ -27,7 +28,6 @@ from kbit_inductor.passes.patterns import (
     hoisted_bias,
     is_constant,
     is_float_product,
-    rms_norm,
     value_of,
 )
 

@@ -9,7 +9,6 @@ Merging siblings and fusing a gate after the manner of vLLM's ``gate_up_proj`` a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import fx
 from torch.nn import functional
 
 from kbit_inductor.capture import VALUE, Context
+from kbit_inductor.passes.call import ATTENTION, FUSED, Call
+from kbit_inductor.passes.norms import rms_norm
 from kbit_inductor.passes.patterns import (
     ADD,
     FLOATS,
@@ -29,51 +30,13 @@ from kbit_inductor.passes.patterns import (
     hoisted_bias,
     is_constant,
     is_float_product,
-    rms_norm,
     unsliced,
     value_of,
 )
 
 LINEAR = torch.ops.kbit.linear_cpu.default
 TILED_LINEAR = torch.ops.kbit.tiled_linear_cpu.default
-FUSED = torch.ops.kbit.fused_linear_cpu.default
-ATTENTION = torch.ops.kbit.attention_cpu.default
 SCALED_DOT_PRODUCTS = (functional.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-
-
-@dataclass
-class Call:
-    """The arguments of a ``fused_linear_cpu`` node by name."""
-
-    x: fx.Node
-    norm_weight: Any
-    eps: float
-    weights: list[fx.Node]
-    biases: list[Any]
-    rows: list[int]
-    activation: str
-    gated: bool
-    residual: Any
-    activation_bits: int
-    dtype: torch.dtype | None = None  # of the result, where it is not that of x
-
-    @classmethod
-    def of(cls, node: Any) -> Call | None:
-        """The call that ``node`` is, if what it reads and gives is written to by nothing: only then may it move."""
-        if not isinstance(node, fx.Node) or node.target is not FUSED:
-            return None
-        if not all(is_constant(each) for each in (node, *node.all_input_nodes)):
-            return None
-        return cls(*(list(a) if isinstance(a, (list, tuple)) else a for a in node.args))  # type: ignore[arg-type]
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is fused behind the product yet."""
-        return not self.activation and not self.gated and self.residual is None and self.dtype is None
-
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Let the result be of ``dtype``."""
-        self.dtype = None if dtype == self.x.meta[VALUE].dtype else dtype
 
 
 def fuse(context: Context) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import fx
 from torch.nn import functional
 
-from kbit_inductor.passes.patterns import ACTIVATIONS, DROPOUTS, LINEARS, MULTIPLY, is_constant, is_off, rms_norm, value_of
+from kbit_inductor.passes.norms import rms_norm
+from kbit_inductor.passes.patterns import ACTIVATIONS, DROPOUTS, LINEARS, MULTIPLY, is_constant, is_off, value_of
 from kbit_inductor.passes.products import linear_operands
 
 LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
