@@ -19,6 +19,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a.Group" name="two"><skipped message="no GPU"/></testcase>
 <testcase classname="tests.test_b" name="three"><failure message="wrong"/></testcase>
 <testcase classname="tests.test_b" name="four"><error message="broken"/></testcase>
+<testcase classname="" name="tests.test_c"><skipped message="no browser"/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -41,10 +42,10 @@ def test_the_outcomes_of_a_suite_are_counted(tmp_path: Path) -> None:
     report.write_text(REPORT)
     counted = torch_versions.outcomes([report, report])
     files = len(list(Path(__file__).parent.glob("test_*.py")))
-    assert counted == {"run": 2, "files": files, "passed": 2, "failed": 4, "skipped": 2}
+    assert counted == {"run": 3, "files": files, "passed": 2, "failed": 4, "skipped": 4}
     row = {"python": "3.11", "transformers": "5", **counted}
     *_, older, newer = torch_versions.table({"2.15.0": row, "2.9.0": row})
-    assert older == f"| 2.9.0 | 3.11 | 5 | 2 of {files} | 2 | 4 | 2 |" and newer.startswith("| 2.15.0")
+    assert older == f"| 2.9.0 | 3.11 | 5 | 3 of {files} | 2 | 4 | 4 |" and newer.startswith("| 2.15.0")
 
 
 def test_what_was_drawn_is_added_up() -> None:
