@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -47,7 +48,9 @@ def test_every_row_is_measured_and_what_is_not_matched_is_explained() -> None:
 
 def test_a_row_of_a_library_that_is_not_there_says_so() -> None:
     assert "not_there is not installed" in Peer("a model", "not_there").missing
-    assert not Peer("a model", "torch").missing and Peer("a model", "torch").source == f"torch {torch.__version__}"
+    assert (
+        not Peer("a model", "torch").missing and Peer("a model", "torch").source == f"torch {importlib.metadata.version('torch')}"
+    )
 
 
 # A relative position as einsum, a kernel with a weight norm in groups, convolutions.

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kbit_inductor.config import LayerConfig
@@ -110,7 +110,11 @@ def test_rows_are_quantized_independently(bits, seed, name):
 @given(bits=BITS, group=GROUPS, columns=st.integers(1, 100), seed=SEEDS)
 def test_rounding_what_was_rounded_changes_nothing(bits, group, columns, seed):
     config = LayerConfig(bits, group, False, "rtn")
-    once = pack(normal((3, columns), seed), config).dequantize()
+    weight = normal((3, columns), seed)
+    # Of a group far from zero the offset in float16 may be rounded by more than half a step; then its ends are not the grid's.
+    for codes in rtn(weight, Format(bits, group)).codes.split(group, dim=1):
+        assume(codes.amin(1).eq(0).all() and ((codes.amax(1) == 2**bits - 1) | (codes.amax(1) == 0)).all())
+    once = pack(weight, config).dequantize()
     # The full range is that of its own end levels, found anew in float32, whose difference may lose the bits of the larger.
     torch.testing.assert_close(pack(once, config).dequantize(), once, rtol=0, atol=2.0**-20 * float(once.abs().max()))
 
