@@ -169,6 +169,15 @@ class _Fusion:
         self.context.moved(together, fused)
         return True
 
+    def take_in(self, kind: str, node: fx.Node, product: Any, call: Call) -> None:
+        """Let ``call`` stand for ``product`` and for ``node``, the only one that reads it."""
+        with self.graph.inserting_before(node):
+            fused = self.call(call, node, node.meta[VALUE])
+        self.replace(node, fused)
+        self.graph.erase_node(product)
+        self.context.moved(product, fused)
+        self.done[kind] += 1
+
     # act(linear(x))
     def activation(self, node: fx.Node) -> None:
         name = activation_of(node)
@@ -177,12 +186,7 @@ class _Fusion:
         if call is None or not call.plain or len(call.weights) > 1 or _only_user(product) is not node:
             return
         call.activation = name or ""
-        with self.graph.inserting_before(node):
-            fused = self.call(call, node, node.meta[VALUE])
-        self.replace(node, fused)
-        self.graph.erase_node(product)
-        self.context.moved(product, fused)
-        self.done["activation"] += 1
+        self.take_in("activation", node, product, call)
 
     # linear(x).to(dtype): rounded once, to the last dtype
     def cast(self, node: fx.Node) -> None:
@@ -191,12 +195,7 @@ class _Fusion:
         if call is None or call.dtype is not None or _only_user(product) is not node:
             return
         call.round_to(node.meta[VALUE].dtype)
-        with self.graph.inserting_before(node):
-            fused = self.call(call, node, node.meta[VALUE])
-        self.replace(node, fused)
-        self.graph.erase_node(product)  # type: ignore[arg-type]
-        self.context.moved(product, fused)  # type: ignore[arg-type]
-        self.done["cast"] += 1
+        self.take_in("cast", node, product, call)
 
     # linear(x.to(dtype)), as autocast has it: the kernel rounds what it reads in any case
     def cast_in_front(self, node: fx.Node) -> None:
@@ -223,13 +222,7 @@ class _Fusion:
                 continue
             call.residual = other
             call.round_to(node.meta[VALUE].dtype)
-            with self.graph.inserting_before(node):
-                fused = self.call(call, node, node.meta[VALUE])
-            self.replace(node, fused)
-            self.graph.erase_node(product)  # type: ignore[arg-type]
-            self.context.moved(product, fused)  # type: ignore[arg-type]
-            self.done["residual"] += 1
-            return
+            return self.take_in("residual", node, product, call)
 
     # linear(norm_weight * (x * rsqrt(mean(x ** 2) + eps)))
     def norm(self, node: fx.Node) -> None:
